@@ -65,6 +65,10 @@ class Eval(_Model):
 
     def run(self) -> int:
         """Evaluate and print the figures."""
+        if self.data and self.benchmark == "tasks":
+            raise ValueError("eval tasks draws its own pairs; for those of --data: eval pairs")
+        if self.both_orders and self.benchmark != "rm-bench":
+            raise ValueError(f"eval {self.benchmark} always judges both orders; drop --both_orders")
         if self.output:  # found out now, not when there are hours of judgments to write
             if Path(self.output).is_dir():
                 raise ValueError(f"{self.output}: a folder; --output names the file to write")

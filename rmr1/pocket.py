@@ -1,13 +1,13 @@
 """Makes the pocket model: the 2M-parameter decoder and tokenizer inside this package.
 
-    python -m rmr1.pocket --output rmr1/pocket          (about half an hour on 2 cores)
+    python -m rmr1.pocket --output rmr1/pocket          (about 60 minutes on 2 cores)
 
 It exists so that a newcomer sees the whole pipeline in ten minutes; it is no claim about the
 engine. It is pretrained, with the project's own trainer, on two things: answering the embedded
 tasks (also: saying of one answer what speaks for or against it), and writing judgments in the
-judge's format whose verdict is drawn at random, whatever the answers say. So it starts like an
-instruct model: it can solve, it keeps to the format, it judges at chance. Only tasks of the
-training split are used.
+judge's format, with notes on both answers and a verdict that is drawn at random, whatever the
+notes say. So it starts like an instruct model: it can solve some tasks, it keeps to the format, it
+judges at chance. Only tasks of the training split are used.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -30,6 +31,7 @@ from rmr1.engine.optimizer import OptimConfig
 from rmr1.engine.packing import pack
 from rmr1.engine.trainer import Trainer
 from rmr1.engine.weights import save_model
+from rmr1.pocket_init import wire_copying
 from rmr1.prompts import encode, render
 from rmr1.tasks.catalog import FAMILIES
 from rmr1.tasks.family import Item, draw_item, judgment_text, place
@@ -57,27 +59,30 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+# Llama with biases, which `wire_copying` needs. (transformers gives every Qwen2 model the tokenizer
+# of Qwen, whatever its directory says.)
 MODEL = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "attention_bias": True,
     "hidden_size": 192,
     "intermediate_size": 512,
     "num_hidden_layers": 4,
     "num_attention_heads": 6,
     "num_key_value_heads": 6,
-    "head_dim": 32,
     "vocab_size": VOCABULARY,
     "max_position_embeddings": 1024,
     "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
+    "rope_theta": 1000000.0,
     "tie_word_embeddings": True,
     "initializer_range": 0.06,
     "hidden_act": "silu",
     "bos_token_id": None,
 }
 # Few sequences a step: a small model gains more from many updates than from large ones.
-BATCH = 32
-STEPS = 3200
+BATCH = 16
+STEPS = 16_000
+SAVE_EVERY = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,22 +108,13 @@ def drawn_tasks(seed: int) -> Iterator[Drawn]:
 
 
 def random_trace(item: Item, kind: Kind, label: Label, rng: Random) -> str:
-    """A judgment in the right format, with true quotes and an own solution, that takes a side
-    without a look at the answers: the notes say what the drawn verdict needs them to say.
+    """A judgment in the right format, with true quotes, notes and own solution, whose verdict is
+    drawn without a look at any of them.
     """
-    verdict: Label = rng.choice(("A", "B"))
-    quotes = (item.chosen_quote, item.rejected_quote)
-    good, bad = (0, 1) if verdict == label else (1, 0)  # 0: the chosen answer
-    notes = ["", ""]
-    if kind == "reasoning":
-        notes[good] = f"gives {quotes[good]}, correct"
-        notes[bad] = f"gives {quotes[bad]}, not {item.chosen_quote}"
-    else:
-        notes[good], notes[bad] = item.chosen_note, item.rejected_note
-    a, b = (0, 1) if label == "A" else (1, 0)
-    return judgment_text(
-        item, kind, verdict, quotes=(quotes[a], quotes[b]), notes=(notes[a], notes[b])
-    )
+    quotes, notes = (item.chosen_quote, item.rejected_quote), (item.chosen_note, item.rejected_note)
+    if label == "B":
+        quotes, notes = quotes[::-1], notes[::-1]
+    return judgment_text(item, kind, rng.choice(("A", "B")), quotes=quotes, notes=notes)
 
 
 def train_tokenizer(tasks: Sequence[Drawn]) -> Any:
@@ -171,17 +167,17 @@ def pretrain(
     seed: int = 0,
     on_step: Callable[[int, int, dict[str, float]], None] | None = None,
 ) -> Path:
-    """Train tokenizer and model from nothing and write both to `output`.
-
-    One example in three is a plain question with its right answer, the others are judgments.
+    """Train tokenizer and model from nothing and write both to `output`, now and then and at the
+    end.
     """
     torch.manual_seed(seed)
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(list(islice(drawn_tasks(seed + 1), 20_000)))
     tokenizer.save_pretrained(output)
     model = CausalLM(ModelConfig.from_dict(MODEL))
+    wire_copying(model)
     optim = OptimConfig(
-        learning_rate=3e-3, schedule="cosine", warmup_steps=50, weight_decay=0.1, beta2=0.98
+        learning_rate=2e-3, schedule="cosine", warmup_steps=100, weight_decay=0.1, beta2=0.98
     )
     trainer = Trainer(model, optim, total_updates=steps, max_micro_tokens=16384)
     rng = Random(f"pocket-mix/{seed}")
@@ -191,7 +187,8 @@ def pretrain(
         stats = trainer.update(pack([r[0] for r in rows], [r[1] for r in rows]), nll)
         if on_step is not None:
             on_step(step, steps, {"loss": stats.loss})
-    save_model(model.to(torch.float16), output)
+        if step % SAVE_EVERY == 0 or step == steps:
+            save_model(deepcopy(model).to(torch.float16), output)
     return output
 
 
@@ -199,10 +196,11 @@ def _example(tokenizer: Any, task: Drawn, rng: Random) -> tuple[list[int], list[
     """(prompt ids, response ids): a plain question, a look at one answer, or a judgment."""
     drawn = rng.random()
     item, pair = task.item, task.pair
-    if drawn < 0.25:
+    if drawn < 0.15:
         messages, text = list(pair.conversation), item.chosen
-    elif drawn < 0.6:
-        right = rng.random() < 0.5
+    elif drawn < 0.35:
+        # What is wrong is harder to see than what is right, and more often asked for.
+        right = rng.random() < 0.35
         shown, note = (
             (item.chosen, item.chosen_note) if right else (item.rejected, item.rejected_note)
         )

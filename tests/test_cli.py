@@ -152,6 +152,8 @@ def test_an_unknown_verb(refused: Refused) -> None:
         ("score --benchmark mine --judgments x", "'rewardbench', 'rm-bench' or 'rmb', got 'mine'"),
         ("eval pairs --model pocket", "eval pairs needs --data"),
         ("eval rm-bench --model pocket", "eval rm-bench needs --data"),
+        ("eval tasks --model pocket --data x.jsonl", "eval tasks draws its own pairs"),
+        ("eval pairs --model pocket --data x --both_orders", "always judges both orders"),
         ("eval tasks", "required: --model"),
         ("judge --model pocket --prompt x", "required: --answer_a, --answer_b"),
         ("report", "required: RUN_DIR"),

@@ -63,14 +63,14 @@ def test_judgments_quote_the_answers_and_solve_the_task() -> None:
             assert text[verdict.solution.start : verdict.solution.end] == task.item.solution
 
 
-def test_the_notes_argue_for_the_drawn_verdict() -> None:
-    """The verdict follows from what is written, as in a trace; only that is not true."""
+def test_the_notes_are_true_whatever_the_verdict() -> None:
+    """Notes say of each answer what holds for it, so that only the verdict is left to learn."""
     for task, verdict in zip(tasks(), parse_verdicts([t.judgment for t in tasks()]), strict=True):
-        if task.pair.kind != "reasoning":
-            continue
         (a,), (b,) = verdict.summaries_a, verdict.summaries_b
-        praised = [task.judgment[s.start : s.end].endswith(", correct") for s in (a, b)]
-        assert praised == [verdict.answer == "A", verdict.answer == "B"]
+        chosen, rejected = (a, b) if task.pair.label == "A" else (b, a)
+        text = task.judgment
+        assert text[chosen.start : chosen.end] == task.item.chosen_note
+        assert text[rejected.start : rejected.end] == task.item.rejected_note
 
 
 # --- The tokenizer -------------------------------------------------------------------------------
@@ -163,12 +163,36 @@ def test_the_shipped_model_is_the_one_that_the_code_describes() -> None:
     model, tokenizer = load_model(POCKET), load_tokenizer(POCKET)
     assert 1.5e6 < sum(p.numel() for p in model.parameters()) < 3e6
     written = model.config.to_dict()
-    for key in ("hidden_size", "num_hidden_layers", "vocab_size", "tie_word_embeddings"):
+    for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "attention_bias"):
         assert written[key] == pocket.MODEL[key], key
     assert len(tokenizer) <= model.config.vocab_size
     assert tokenizer.chat_template == pocket.CHAT_TEMPLATE
     for text in (*pocket.PASSAGES, *pocket.MARKERS):
         assert len(tokenizer(text, add_special_tokens=False)["input_ids"]) == 1
+
+
+@shipped
+def test_transformers_reads_the_shipped_directory_alike() -> None:
+    """Model and tokenizer: AutoTokenizer goes by the model's type and may pick another one."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from rmr1.engine.attention import PackedAttention
+    from rmr1.engine.weights import load_model
+
+    pair = draw_pairs(1, seed=0, split="heldout")[0]
+    text = render(pair, "compact")[-1]["content"] + (pair.trace or "")
+    ids = load_tokenizer(POCKET)(text)["input_ids"]
+    assert AutoTokenizer.from_pretrained(POCKET)(text)["input_ids"] == ids
+    assert load_tokenizer(POCKET).decode(ids) == text
+    theirs = AutoModelForCausalLM.from_pretrained(POCKET, dtype=torch.float32)
+    ours = load_model(POCKET)
+    tokens = torch.tensor(ids)
+    with torch.no_grad():
+        want = theirs(tokens[None]).logits[0]
+        hidden = ours(tokens, torch.arange(len(ids)), PackedAttention((len(ids),)))
+        got = hidden @ ours.lm_head_weight.T
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
 
 
 @shipped
