@@ -3,11 +3,11 @@
     python -m rmr1.pocket --output rmr1/pocket          (about 60 minutes on 2 cores)
 
 It exists so that a newcomer sees the whole pipeline in ten minutes; it is no claim about the
-engine. It is pretrained, with the project's own trainer, on two things: answering the embedded
-tasks (also: saying of one answer what speaks for or against it), and writing judgments in the
-judge's format, with notes on both answers and a verdict that is drawn at random, whatever the
-notes say. So it starts like an instruct model: it can solve some tasks, it keeps to the format, it
-judges at chance. Only tasks of the training split are used.
+engine. It is pretrained, with the project's own trainer, on answering the embedded tasks, on saying
+of one answer what speaks for or against it, and on writing judgments in the judge's format, with
+true notes on both answers and a verdict that is drawn at random, whatever the notes say. So it
+starts like an instruct model: it can solve many tasks, it keeps to the format, it judges at chance.
+Only tasks of the training split are used.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from rmr1.engine.model import CausalLM, ModelConfig
 from rmr1.engine.optimizer import OptimConfig
 from rmr1.engine.packing import pack
 from rmr1.engine.trainer import Trainer
-from rmr1.engine.weights import save_model
+from rmr1.engine.weights import load_model, save_model
+from rmr1.models import load_tokenizer
 from rmr1.pocket_init import wire_copying
 from rmr1.prompts import encode, render
 from rmr1.tasks.catalog import FAMILIES
@@ -79,6 +80,9 @@ MODEL = {
     "hidden_act": "silu",
     "bos_token_id": None,
 }
+# Of the random verdicts. At one half, a greedy judge would go by whatever tips the scales by a hair
+# and may be right in 57 of 100; this one says A.
+A_SHARE = 0.6
 # Few sequences a step: a small model gains more from many updates than from large ones.
 BATCH = 16
 STEPS = 16_000
@@ -114,7 +118,8 @@ def random_trace(item: Item, kind: Kind, label: Label, rng: Random) -> str:
     quotes, notes = (item.chosen_quote, item.rejected_quote), (item.chosen_note, item.rejected_note)
     if label == "B":
         quotes, notes = quotes[::-1], notes[::-1]
-    return judgment_text(item, kind, rng.choice(("A", "B")), quotes=quotes, notes=notes)
+    verdict: Label = "A" if rng.random() < A_SHARE else "B"
+    return judgment_text(item, kind, verdict, quotes=quotes, notes=notes)
 
 
 def train_tokenizer(tasks: Sequence[Drawn]) -> Any:
@@ -165,19 +170,27 @@ def pretrain(
     *,
     steps: int,
     seed: int = 0,
+    start: Path | None = None,
     on_step: Callable[[int, int, dict[str, float]], None] | None = None,
 ) -> Path:
-    """Train tokenizer and model from nothing and write both to `output`, now and then and at the
-    end.
+    """Train tokenizer and model from nothing, or go on from the ones in `start` with fresh tasks
+    (another `seed`), and write both to `output`, now and then and at the end.
     """
     torch.manual_seed(seed)
+    if start is None:
+        tokenizer = train_tokenizer(list(islice(drawn_tasks(seed + 1), 20_000)))
+        model = CausalLM(ModelConfig.from_dict(MODEL))
+        wire_copying(model)
+    else:
+        tokenizer, model = load_tokenizer(start), load_model(start)
     output.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(list(islice(drawn_tasks(seed + 1), 20_000)))
     tokenizer.save_pretrained(output)
-    model = CausalLM(ModelConfig.from_dict(MODEL))
-    wire_copying(model)
     optim = OptimConfig(
-        learning_rate=2e-3, schedule="cosine", warmup_steps=100, weight_decay=0.1, beta2=0.98
+        learning_rate=2e-3 if start is None else 1e-3,
+        schedule="cosine",
+        warmup_steps=100,
+        weight_decay=0.1,
+        beta2=0.98,
     )
     trainer = Trainer(model, optim, total_updates=steps, max_micro_tokens=16384)
     rng = Random(f"pocket-mix/{seed}")
@@ -193,20 +206,24 @@ def pretrain(
 
 
 def _example(tokenizer: Any, task: Drawn, rng: Random) -> tuple[list[int], list[int]]:
-    """(prompt ids, response ids): a plain question, a look at one answer, or a judgment."""
+    """(prompt ids, response ids): a plain question, a look at one answer, or a judgment.
+
+    Who sees both answers can copy a result instead of working it out, and is right half the time.
+    So most examples show no answer, or one that is mostly wrong.
+    """
     drawn = rng.random()
     item, pair = task.item, task.pair
-    if drawn < 0.15:
-        messages, text = list(pair.conversation), item.chosen
-    elif drawn < 0.35:
-        # What is wrong is harder to see than what is right, and more often asked for.
+    working = item.solution or item.rubric[0][0]
+    if drawn < 0.3:
+        messages, text = list(pair.conversation), f"{working}\n{item.chosen}"
+    elif drawn < 0.6:
         right = rng.random() < 0.35
         shown, note = (
             (item.chosen, item.chosen_note) if right else (item.rejected, item.rejected_note)
         )
         question = f"[Question]\n{item.question}\n[Answer]\n{shown}\n[End]"
         messages = [{"role": "user", "content": question}]
-        text = f"{item.solution or item.justify} {note}"
+        text = f"{working} {note}"
     else:
         messages, text = render(pair, "compact"), task.judgment
     response = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -219,6 +236,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="directory to write")
     parser.add_argument("--steps", type=int, default=STEPS, help="updates (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--start", type=Path, help="directory to go on from (default: from nothing)")
     args = parser.parse_args()
     with phase("Pretrain", args.steps, "steps") as bar:
 
@@ -226,7 +244,11 @@ def main() -> None:
             bar.reach(step, total)
             bar.show(row)
 
-        print(pretrain(args.output, steps=args.steps, seed=args.seed, on_step=on_step))
+        print(
+            pretrain(
+                args.output, steps=args.steps, seed=args.seed, start=args.start, on_step=on_step
+            )
+        )
 
 
 if __name__ == "__main__":
