@@ -80,6 +80,9 @@ MODEL = {
     "hidden_act": "silu",
     "bos_token_id": None,
 }
+# Learnt early; every other family takes two turns for their one.
+EASY = ("safety", "over_refusal", "on_topic", "exact_format", "complete")
+TURNS = (*FAMILIES, *(family for family in FAMILIES if family.name not in EASY))
 # Of the random verdicts. At one half, a greedy judge would go by whatever tips the scales by a hair
 # and may be right in 57 of 100; this one says A.
 A_SHARE = 0.6
@@ -99,11 +102,11 @@ class Drawn:
 
 
 def drawn_tasks(seed: int) -> Iterator[Drawn]:
-    """Endless tasks of the training split, families in turn."""
+    """Endless tasks of the training split, families by `TURNS`."""
     rng = Random(f"pocket/{seed}")
     number = 0
     while True:
-        family = FAMILIES[number % len(FAMILIES)]
+        family = TURNS[number % len(TURNS)]
         item = draw_item(family, rng, "train")
         label: Label = rng.choice(("A", "B"))
         pair = place(item, family, label, f"pocket-{number}")
