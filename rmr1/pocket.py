@@ -239,7 +239,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="directory to write")
     parser.add_argument("--steps", type=int, default=STEPS, help="updates (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    parser.add_argument("--start", type=Path, help="directory to go on from (default: from nothing)")
+    parser.add_argument(
+        "--start", type=Path, help="directory to go on from (default: from nothing)"
+    )
     args = parser.parse_args()
     with phase("Pretrain", args.steps, "steps") as bar:
 

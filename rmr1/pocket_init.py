@@ -22,7 +22,7 @@ import math
 import torch
 from torch import Tensor
 
-from rmr1.engine.model import CausalLM
+from rmr1.engine.model import CausalLM, DecoderLayer, SelfAttention
 
 # A dimension that turns less than this per token (radians) compares tokens at any distance here.
 _STILL = 0.008
@@ -53,31 +53,43 @@ def wire_copying(model: CausalLM) -> None:
     embedding.mul_(math.sqrt(config.hidden_size / identity))
     turns = [config.rope_theta ** (-2 * i / dim) for i in range(dim // 2)]
     for number, layer in enumerate(model.model.layers):
+        assert isinstance(layer, DecoderLayer)
         layer.mlp.down_proj.weight.mul_(_REST)
         layer.self_attn.o_proj.weight.mul_(_REST)
-        attention = layer.self_attn
         for head in range(heads if number <= 2 else 0):
             rows = slice(head * dim, (head + 1) * dim)
             here = torch.arange(dim) + head % wired * dim  # the block of the identity part
-            if head >= wired:
-                same = _comparison(turns, here, config.hidden_size, _SAME)
-                attention.q_proj.weight[rows] += same
-                attention.k_proj.weight[rows] += same
-                continue
-            if number == 0:
-                _look_one_back(turns, attention.q_proj, attention.k_proj, rows)
-                target = here + identity
+            if head < wired:
+                _wire_head(layer.self_attn, number, rows, here, identity, turns)
             else:
-                attention.q_proj.weight[rows] = _comparison(turns, here, config.hidden_size, _MATCH)
-                attention.k_proj.weight[rows] = _comparison(
-                    turns, here + identity, config.hidden_size, _MATCH
-                )
-                target = here
-            places = torch.arange(dim)
-            attention.v_proj.weight[rows] = 0
-            attention.v_proj.weight[rows][places, here] = 1
-            attention.o_proj.weight[:, rows] = 0
-            attention.o_proj.weight[:, rows][target, places] = _WRITE
+                same = _comparison(turns, here, config.hidden_size, _SAME)
+                layer.self_attn.q_proj.weight[rows] += same
+                layer.self_attn.k_proj.weight[rows] += same
+
+
+def _wire_head(
+    attention: SelfAttention,
+    number: int,
+    rows: slice,
+    here: Tensor,
+    identity: int,
+    turns: list[float],
+) -> None:
+    """One head of layer 0 (look one back) or of layers 1 and 2 (what followed last time)."""
+    hidden = attention.q_proj.weight.shape[1]
+    if number == 0:
+        _look_one_back(turns, attention.q_proj, attention.k_proj, rows)
+        target = here + identity
+    else:
+        before = here + identity
+        attention.q_proj.weight[rows] = _comparison(turns, here, hidden, _MATCH)
+        attention.k_proj.weight[rows] = _comparison(turns, before, hidden, _MATCH)
+        target = here
+    places = torch.arange(len(here))
+    attention.v_proj.weight[rows] = 0
+    attention.v_proj.weight[rows][places, here] = 1
+    attention.o_proj.weight[:, rows] = 0
+    attention.o_proj.weight[:, rows][target, places] = _WRITE
 
 
 def _comparison(turns: list[float], block: Tensor, hidden: int, size: float) -> Tensor:

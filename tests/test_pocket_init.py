@@ -42,13 +42,16 @@ def test_every_weight_can_still_learn() -> None:
     """Nothing is frozen and nothing wired so hard that its gradient is gone."""
     model = fresh()
     wire_copying(model)
-    text = torch.randint(300, MODEL["vocab_size"], (40,), generator=torch.Generator().manual_seed(2))
+    text = torch.randint(
+        300, MODEL["vocab_size"], (40,), generator=torch.Generator().manual_seed(2)
+    )
     hidden = model(text, torch.arange(40), PackedAttention((40,)))
     torch.nn.functional.cross_entropy((hidden @ model.lm_head_weight.T)[:-1], text[1:]).backward()
     for name, weight in model.named_parameters():
         # A shift of all keys leaves a softmax as it is, so a bias on k may have none.
         if not name.endswith("k_proj.bias"):
-            assert weight.grad is not None and weight.grad.abs().max() > 0, name
+            assert weight.grad is not None, name
+            assert weight.grad.abs().max() > 0, name
 
 
 @pytest.mark.parametrize(
