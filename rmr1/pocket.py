@@ -1,6 +1,6 @@
 """Makes the pocket model: the 2M-parameter decoder and tokenizer inside this package.
 
-    python -m rmr1.pocket --output rmr1/pocket          (about 60 minutes on 2 cores)
+    python -m rmr1.pocket --output rmr1/pocket          (about two hours on 2 cores)
 
 It exists so that a newcomer sees the whole pipeline in ten minutes; it is no claim about the
 engine. It is pretrained, with the project's own trainer, on answering the embedded tasks, on saying
@@ -8,6 +8,9 @@ of one answer what speaks for or against it, and on writing judgments in the jud
 true notes on both answers and a verdict that is drawn at random, whatever the notes say. So it
 starts like an instruct model: it can solve many tasks, it keeps to the format, it judges at chance.
 Only tasks of the training split are used.
+
+The shipped weights went through the rounds below one at a time. The mix of examples was better in
+each later one: round 0 is as of commit c34cd10, round 1 as of a5106f9, round 2 as it stands.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from rmr1.pocket_init import wire_copying
 from rmr1.prompts import encode, render
 from rmr1.tasks.catalog import FAMILIES
 from rmr1.tasks.family import Item, draw_item, judgment_text, place
-from rmr1.terminal import phase
+from rmr1.terminal import Phase, phase
 
 VOCABULARY = 3072
 TAGS = ("type", "solution", "rubric", "justify", "eval", "quote_A", "quote_B", "summary_A",
@@ -88,7 +91,8 @@ TURNS = (*FAMILIES, *(family for family in FAMILIES if family.name not in EASY))
 A_SHARE = 0.6
 # Few sequences a step: a small model gains more from many updates than from large ones.
 BATCH = 16
-STEPS = 16_000
+# (updates, peak learning rate); each round warms up again, on fresh tasks.
+ROUNDS = ((16_000, 2e-3), (9_000, 1e-3), (10_000, 1e-3))
 SAVE_EVERY = 1000
 
 
@@ -171,33 +175,33 @@ def train_tokenizer(tasks: Sequence[Drawn]) -> Any:
 def pretrain(
     output: Path,
     *,
+    number: int,
     steps: int,
-    seed: int = 0,
-    start: Path | None = None,
+    learning_rate: float,
     on_step: Callable[[int, int, dict[str, float]], None] | None = None,
 ) -> Path:
-    """Train tokenizer and model from nothing, or go on from the ones in `start` with fresh tasks
-    (another `seed`), and write both to `output`, now and then and at the end.
+    """Round `number` of the pretraining: round 0 starts from nothing, a later one from what the
+    round before left in `output`. Writes tokenizer and model there, now and then and at the end.
     """
-    torch.manual_seed(seed)
-    if start is None:
-        tokenizer = train_tokenizer(list(islice(drawn_tasks(seed + 1), 20_000)))
+    torch.manual_seed(number)
+    if number == 0:
+        tokenizer = train_tokenizer(list(islice(drawn_tasks(1), 20_000)))
         model = CausalLM(ModelConfig.from_dict(MODEL))
         wire_copying(model)
+        output.mkdir(parents=True, exist_ok=True)
+        tokenizer.save_pretrained(output)
     else:
-        tokenizer, model = load_tokenizer(start), load_model(start)
-    output.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(output)
+        tokenizer, model = load_tokenizer(output), load_model(output)
     optim = OptimConfig(
-        learning_rate=2e-3 if start is None else 1e-3,
+        learning_rate=learning_rate,
         schedule="cosine",
         warmup_steps=100,
         weight_decay=0.1,
         beta2=0.98,
     )
     trainer = Trainer(model, optim, total_updates=steps, max_micro_tokens=16384)
-    rng = Random(f"pocket-mix/{seed}")
-    tasks = drawn_tasks(seed)
+    rng = Random(f"pocket-mix/{number}")
+    tasks = drawn_tasks(number)
     for step in range(1, steps + 1):
         rows = [_example(tokenizer, task, rng) for task in islice(tasks, BATCH)]
         stats = trainer.update(pack([r[0] for r in rows], [r[1] for r in rows]), nll)
@@ -233,27 +237,41 @@ def _example(tokenizer: Any, task: Drawn, rng: Random) -> tuple[list[int], list[
     return encode(tokenizer, messages), [*response, tokenizer.eos_token_id]
 
 
+def _follow(bar: Phase) -> Callable[[int, int, dict[str, float]], None]:
+    def on_step(step: int, total: int, row: dict[str, float]) -> None:
+        bar.reach(step, total)
+        bar.show(row)
+
+    return on_step
+
+
 def main() -> None:
-    """`python -m rmr1.pocket --output DIR [--steps N]`."""
-    parser = argparse.ArgumentParser(prog="python -m rmr1.pocket", description=__doc__)
+    """`python -m rmr1.pocket --output DIR [--first N]`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rmr1.pocket",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--output", type=Path, required=True, help="directory to write")
-    parser.add_argument("--steps", type=int, default=STEPS, help="updates (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument(
-        "--start", type=Path, help="directory to go on from (default: from nothing)"
+        "--first",
+        type=int,
+        choices=range(len(ROUNDS)),
+        default=0,
+        help="round to begin with; a later one goes on from what is in --output (default: 0)",
     )
     args = parser.parse_args()
-    with phase("Pretrain", args.steps, "steps") as bar:
-
-        def on_step(step: int, total: int, row: dict[str, float]) -> None:
-            bar.reach(step, total)
-            bar.show(row)
-
-        print(
+    for number in range(args.first, len(ROUNDS)):
+        steps, learning_rate = ROUNDS[number]
+        with phase(f"Pretrain, round {number}", steps, "steps") as bar:
             pretrain(
-                args.output, steps=args.steps, seed=args.seed, start=args.start, on_step=on_step
+                args.output,
+                number=number,
+                steps=steps,
+                learning_rate=learning_rate,
+                on_step=_follow(bar),
             )
-        )
+    print(args.output)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ The wording is this project's own. `prompt_hash` identifies the exact template i
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -105,9 +106,18 @@ def encode(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     """Token ids of a chat, ready for the assistant's turn.
 
     The chat template writes every special token itself, so nothing is added around it (templated
-    text that is tokenised once more with special tokens gets a second BOS). ValueError when the
-    template refuses the messages.
+    text that is tokenised once more with special tokens gets a second BOS). A special token that a
+    message spells out, such as an answer that ends its own turn and goes on as the judge, is
+    tokenised as the plain text it is. ValueError when the template refuses the messages.
     """
+    special = [
+        token.content for token in tokenizer.added_tokens_decoder.values() if token.special
+    ]
+    spelt = [token for token in special if any(token in m["content"] for m in messages)]
+    mark = ""
+    if spelt:
+        mark = _unused_character(messages)
+        messages = [_hide(message, spelt, mark) for message in messages]
     try:
         text = tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=True
@@ -117,8 +127,33 @@ def encode(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
             f"the model's chat template refuses the prompt ({error}); the styles `reasoning` and"
             " `compact` have one user turn and no system turn"
         ) from error
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids: list[int] = []
+    pieces = re.split(f"{mark}([0-9]+){mark}", text) if mark else [text]
+    for at, piece in enumerate(pieces):
+        hidden = at % 2 == 1
+        ids += tokenizer(
+            spelt[int(piece)] if hidden else piece,
+            add_special_tokens=False,
+            split_special_tokens=hidden,
+        )["input_ids"]
     return ids
+
+
+def _unused_character(messages: Sequence[Message]) -> str:
+    """A character of the private use area that no message contains."""
+    used = set().union(*(message["content"] for message in messages))
+    return next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used)
+
+
+def _hide(message: Message, spelt: Sequence[str], mark: str) -> Message:
+    """The message with each spelt-out special token as its number in `spelt` between two marks."""
+    longest_first = sorted(spelt, key=len, reverse=True)
+    content = re.sub(
+        "|".join(map(re.escape, longest_first)),
+        lambda found: f"{mark}{spelt.index(found[0])}{mark}",
+        message["content"],
+    )
+    return {"role": message["role"], "content": content}
 
 
 def prompt_hash(style: Style) -> str:

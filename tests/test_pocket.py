@@ -202,15 +202,23 @@ def test_the_shipped_model_keeps_to_the_format_and_judges_at_chance() -> None:
 
 
 @pytest.mark.slow
-def test_pretraining_makes_a_directory_that_loads(tmp_path: Path) -> None:
+def test_pretraining_makes_a_directory_that_loads_and_goes_on(tmp_path: Path) -> None:
     from rmr1.engine.weights import load_model
 
-    rows: list[dict[str, float]] = []
-    directory = pocket.pretrain(
-        tmp_path / "pocket", steps=20, on_step=lambda step, total, row: rows.append(row)
-    )
-    assert len(rows) == 20
-    assert rows[-1]["loss"] < rows[0]["loss"] - 1
+    losses: list[list[float]] = []
+    for number in (0, 1):
+        rows: list[float] = []
+        directory = pocket.pretrain(
+            tmp_path / "pocket",
+            number=number,
+            steps=20,
+            learning_rate=1e-3,
+            on_step=lambda step, total, row, rows=rows: rows.append(row["loss"]),
+        )
+        assert len(rows) == 20
+        losses.append(rows)
+    assert losses[0][-1] < losses[0][0] - 1
+    assert losses[1][0] < losses[0][0] - 1  # round 1 starts where round 0 ended
     model = load_model(directory)
     assert model.config.vocab_size == pocket.VOCABULARY
     assert load_tokenizer(directory).eos_token == "<|end|>"
