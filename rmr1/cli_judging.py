@@ -60,6 +60,9 @@ class Eval(_Model):
     benchmark: CliPositionalArg[Literal["tasks", "pairs", "rm-bench"]]
     data: str = Field("", description="JSONL file of pairs, or the folder of RM-Bench's files")
     limit: int | None = Field(None, ge=1, description="pairs, or items of each RM-Bench file")
+    temperature: float = Field(
+        0.0, ge=0, description="of the judgments, 0: greedy (RM-Bench: always greedy)"
+    )
     output: str = Field("", description="JSONL of every judgment (RM-Bench: resumed if it exists)")
     both_orders: bool = Field(False, description="RM-Bench: judge each pair in both placements")
 
@@ -69,6 +72,8 @@ class Eval(_Model):
             raise ValueError("eval tasks draws its own pairs; for those of --data: eval pairs")
         if self.both_orders and self.benchmark != "rm-bench":
             raise ValueError(f"eval {self.benchmark} always judges both orders; drop --both_orders")
+        if self.temperature and self.benchmark == "rm-bench":
+            raise ValueError("eval rm-bench is always greedy; drop --temperature")
         if self.output:  # found out now, not when there are hours of judgments to write
             if Path(self.output).is_dir():
                 raise ValueError(f"{self.output}: a folder; --output names the file to write")
@@ -109,13 +114,16 @@ class Eval(_Model):
         else:
             raise ValueError("eval pairs needs --data, a JSONL file of pairs")
         generator, tokenizer, room, longest = self.load()
+        sampling = SamplingParams(
+            temperature=self.temperature, max_new_tokens=longest, seed=self.seed
+        )
         with phase("Evaluate", 2 * len(pairs), "judgments") as bar:
             found = evaluate_pairs(
                 generator,
                 tokenizer,
                 pairs,
                 style=self.prompt_style,
-                sampling=SamplingParams(temperature=0.0, max_new_tokens=longest, seed=self.seed),
+                sampling=sampling,
                 max_prompt_tokens=room,
                 progress=bar.reach,
             )

@@ -83,6 +83,9 @@ class DemoConfig(Section):
     heldout: int = Field(510, ge=1, description="held-out pairs to evaluate on, in both placements")
     max_prompt_tokens: int = Field(768, ge=1, description="longer prompts are dropped and counted")
     max_new_tokens: int = Field(192, ge=1, description="cap of a judgment in evaluations")
+    eval_temperature: float = Field(
+        1.0, ge=0, description="of evaluated judgments; 1: sampled as RL samples them, 0: greedy"
+    )
     max_micro_tokens: int = Field(8192, ge=1, description="tokens in one training forward")
     checkpoint_every: int = Field(10, ge=1, description="steps between two checkpoints")
     distill: DistillPlan = DistillPlan()
@@ -173,10 +176,12 @@ def _follow(bar: Phase) -> Callable[[int, int, dict[str, float]], None]:
 def _evaluate(
     config: DemoConfig, stage: str, model_dir: Path, pairs: list[Pair], show: ShowPhase
 ) -> Evaluation:
-    """Judge the held-out pairs greedily in both placements, or read what an earlier start did."""
+    """Judge the held-out pairs once in both placements, or read what an earlier start did."""
     path = config.directory / f"judgments-{stage}.jsonl"
     sampling = SamplingParams(
-        temperature=0.0, max_new_tokens=config.max_new_tokens, seed=config.seed
+        temperature=config.eval_temperature,
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed,
     )
     if path.is_file():
         judgments = [Judgment(**row) for _, row in read_rows(path)]

@@ -9,8 +9,8 @@ true notes on both answers and a verdict that is drawn at random, whatever the n
 starts like an instruct model: it can solve many tasks, it keeps to the format, it judges at chance.
 Only tasks of the training split are used.
 
-The shipped weights went through the rounds below one at a time. The mix of examples was better in
-each later one: round 0 is as of commit c34cd10, round 1 as of a5106f9, round 2 as it stands.
+The shipped weights went through the rounds below one at a time, the first three of them with
+earlier mixes of examples and other wordings of some notes (the log of this file says which).
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ A_SHARE = 0.6
 # Few sequences a step: a small model gains more from many updates than from large ones.
 BATCH = 16
 # (updates, peak learning rate); each round warms up again, on fresh tasks.
-ROUNDS = ((16_000, 2e-3), (9_000, 1e-3), (10_000, 1e-3))
+ROUNDS = ((16_000, 2e-3), (9_000, 1e-3), (10_000, 1e-3), (10_000, 1e-3))
 SAVE_EVERY = 1000
 
 

@@ -110,9 +110,7 @@ def encode(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     message spells out, such as an answer that ends its own turn and goes on as the judge, is
     tokenised as the plain text it is. ValueError when the template refuses the messages.
     """
-    special = [
-        token.content for token in tokenizer.added_tokens_decoder.values() if token.special
-    ]
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     spelt = [token for token in special if any(token in m["content"] for m in messages)]
     mark = ""
     if spelt:

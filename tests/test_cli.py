@@ -154,6 +154,7 @@ def test_an_unknown_verb(refused: Refused) -> None:
         ("eval rm-bench --model pocket", "eval rm-bench needs --data"),
         ("eval tasks --model pocket --data x.jsonl", "eval tasks draws its own pairs"),
         ("eval pairs --model pocket --data x --both_orders", "always judges both orders"),
+        ("eval rm-bench --model pocket --data x --temperature 1", "always greedy"),
         ("eval tasks", "required: --model"),
         ("judge --model pocket --prompt x", "required: --answer_a, --answer_b"),
         ("report", "required: RUN_DIR"),

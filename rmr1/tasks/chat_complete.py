@@ -135,8 +135,8 @@ def _draw_complete(rng: Random, split: Split) -> Item:
         rejected=rejected,
         chosen_quote=chosen_quote,
         rejected_quote=rejected_quote,
-        chosen_note=f"gives {count} of {count} {unit}",
-        rejected_note=f"gives {given} of {count} {unit}",
+        chosen_note=f"gives {count} of {count} {unit}, complete",
+        rejected_note=f"gives {given} of {count} {unit}, not complete",
         rubric=((f"gives {count} {unit}", 80), ("does not stop early", 20)),
         justify=f"The reader asked for {count} {unit}, so all must be there.",
     )

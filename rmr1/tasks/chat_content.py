@@ -234,8 +234,8 @@ def _draw_grounded(rng: Random, split: Split) -> Item:
         rejected=rejected,
         chosen_quote=chosen_quote,
         rejected_quote=rejected_quote,
-        chosen_note=f"says {true}, the text says {true}",
-        rejected_note=f"says {wrong}, the text says {true}",
+        chosen_note=f"says {true}, as in the text",
+        rejected_note=f"says {wrong}, not {true} as in the text",
         rubric=(("agrees with the text", 80), ("answers the question", 20)),
         justify="The answer must come from the text.",
     )

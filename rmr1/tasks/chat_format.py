@@ -184,7 +184,7 @@ def _with_commas(rng: Random, items: tuple[str, ...], count: int) -> _Answers:
         note = f"has {other} items, not {count}"
     else:
         rejected = rng.choice((" and ", " ", " - ")).join(rng.sample(items, count))
-        note = "has no commas"
+        note = "has no commas, not as asked"
     return _Answers((chosen, chosen, good), (rejected, rejected, note))
 
 
