@@ -50,17 +50,17 @@ ShowPhase = Callable[[str, int, str], AbstractContextManager[Phase]]
 class DistillPlan(Section):
     """How much the demo distils."""
 
-    traces: int = Field(2040, ge=1, description="traces of embedded tasks to learn from")
+    traces: int = Field(432, ge=1, description="traces of embedded tasks to learn from")
     batch_size: int = Field(16, ge=1, description="traces in one update")
-    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
+    learning_rate: float = Field(5e-4, gt=0, description="peak learning rate")
     warmup_steps: int = Field(5, ge=0, description="updates over which the rate rises")
 
 
 class RlPlan(Section):
     """How long the demo trains by RL."""
 
-    steps: int = Field(12, ge=1, description="rollout steps")
-    learning_rate: float = Field(3e-4, gt=0, description="constant learning rate")
+    steps: int = Field(18, ge=1, description="rollout steps")
+    learning_rate: float = Field(1e-4, gt=0, description="constant learning rate")
     warmup_steps: int = Field(2, ge=0, description="updates over which the rate rises")
     rollout: RolloutConfig = RolloutConfig(prompts=64, samples=8, max_new_tokens=192)
     grpo: GrpoConfig = GrpoConfig(minibatches=4)
