@@ -1,11 +1,14 @@
-"""The verbs that use a model: eval, score, judge, logprobs."""
+"""The verbs that use a model: eval, score, judge, logprobs.
+
+What needs torch is imported where a verb runs, so that `--help` answers at once.
+"""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
@@ -15,17 +18,13 @@ from rich.text import Text
 
 from rmr1.cli_arguments import Verb
 from rmr1.data import Pair, read_pairs
-from rmr1.engine.generator import Generator, SamplingParams
-from rmr1.engine.weights import load_model
-from rmr1.evaluate import evaluate_pairs
-from rmr1.judge import Judge, prompt_room
-from rmr1.logprobs import write_logprobs
-from rmr1.models import load_tokenizer, resolve_model
 from rmr1.prompts import Style
-from rmr1.rm_bench import model_id, run_rm_bench
 from rmr1.score import score_file
 from rmr1.tasks.catalog import draw_pairs
 from rmr1.terminal import interval, percent, phase
+
+if TYPE_CHECKING:
+    from rmr1.engine.generator import Generator
 
 
 class _Model(Verb):
@@ -41,6 +40,11 @@ class _Model(Verb):
 
     def load(self) -> tuple[Generator, Any, int, int]:
         """Generator, tokenizer, the longest prompt and the longest judgment."""
+        from rmr1.engine.generator import Generator
+        from rmr1.engine.weights import load_model
+        from rmr1.judge import prompt_room
+        from rmr1.models import load_tokenizer, resolve_model
+
         directory = resolve_model(self.model)
         tokenizer = load_tokenizer(directory)
         model = load_model(directory)
@@ -81,6 +85,9 @@ class Eval(_Model):
         return self._rm_bench() if self.benchmark == "rm-bench" else self._pairs()
 
     def _rm_bench(self) -> int:
+        from rmr1.models import resolve_model
+        from rmr1.rm_bench import model_id, run_rm_bench
+
         if not self.data:
             raise ValueError("eval rm-bench needs --data, the folder of RM-Bench's JSON files")
         generator, tokenizer, room, longest = self.load()
@@ -106,6 +113,9 @@ class Eval(_Model):
         return 0
 
     def _pairs(self) -> int:
+        from rmr1.engine.generator import SamplingParams
+        from rmr1.evaluate import evaluate_pairs
+
         pairs: list[Pair]
         if self.benchmark == "tasks":
             pairs = draw_pairs(self.limit or 510, seed=self.seed, split="heldout")
@@ -169,6 +179,8 @@ class JudgeOne(_Model):
 
     def run(self) -> int:
         """Judge once and print verdict and judgment."""
+        from rmr1.judge import Judge
+
         judge = Judge(
             self.model,
             style=self.prompt_style,
@@ -201,6 +213,10 @@ class Logprobs(Verb):
 
     def run(self) -> int:
         """Write the log-probabilities."""
+        from rmr1.engine.weights import load_model
+        from rmr1.logprobs import write_logprobs
+        from rmr1.models import resolve_model
+
         model = load_model(resolve_model(self.model), dtype=self.dtype)
         with phase("Log-probabilities", 1, "lines") as bar:
             lines = write_logprobs(model, self.input, self.output, progress=bar.reach)

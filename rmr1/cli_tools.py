@@ -21,7 +21,6 @@ from rich.text import Text
 
 from rmr1.cli_arguments import Verb
 from rmr1.data import read_pairs, write_pairs
-from rmr1.report import write_report
 from rmr1.tasks.catalog import draw_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,6 +69,8 @@ class Report(Verb):
 
     def run(self) -> int:
         """Write report.html into the run's folder."""
+        from rmr1.report import write_report
+
         print(write_report(self.run_dir))
         return 0
 

@@ -1,4 +1,7 @@
-"""The verbs that train: demo, sft, rlvr."""
+"""The verbs that train: demo, sft, rlvr.
+
+What needs torch is imported where a verb runs, so that `--help` answers at once.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,7 @@ from rich.console import Console
 from rmr1.cli_arguments import SETTINGS, Verb
 from rmr1.config import RlvrConfig, SftConfig
 from rmr1.data import read_rows
-from rmr1.demo import DemoConfig, run_demo
-from rmr1.distill import distill
-from rmr1.report import write_report
-from rmr1.rlvr import rlvr
+from rmr1.demo_config import DemoConfig
 from rmr1.terminal import Phase, phase, print_table
 
 TOML = Field("", description="TOML file; options given beside it win over the file")
@@ -37,6 +37,8 @@ class Demo(DemoConfig, Verb):
 
     def run(self) -> int:
         """Run the demo and print its table and the report's path."""
+        from rmr1.demo import run_demo
+
         config = DemoConfig.model_validate(self.model_dump(include=set(DemoConfig.model_fields)))
         rows, report = run_demo(config, partial(phase, quiet=False))
         for stage in ("sft", "rlvr"):
@@ -67,6 +69,8 @@ class Sft(SftConfig, Verb):
 
     def run(self) -> int:
         """Run or resume stage 1."""
+        from rmr1.distill import distill
+
         config = SftConfig.model_validate(self.model_dump(include=set(SftConfig.model_fields)))
         with _steps("Distil") as bar:
             model = distill(config, on_step=partial(_follow, bar, ("loss", "grad_norm")))
@@ -84,6 +88,8 @@ class Rlvr(RlvrConfig, Verb):
 
     def run(self) -> int:
         """Run or resume stage 2."""
+        from rmr1.rlvr import rlvr
+
         config = RlvrConfig.model_validate(self.model_dump(include=set(RlvrConfig.model_fields)))
         with _steps("RL") as bar:
             model = rlvr(config, on_step=partial(_follow, bar, ("reward", "kl", "entropy")))
@@ -112,6 +118,8 @@ def _tell_dropped(run: Path) -> None:
 
 
 def _finish(config: SftConfig | RlvrConfig, model: str) -> int:
+    from rmr1.report import write_report
+
     report = write_report(config.directory)
     _tell_dropped(config.directory)
     Console().print(f"Model: {model}\nReport: {report}", highlight=False, soft_wrap=True)

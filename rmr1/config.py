@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from rmr1.engine.optimizer import OptimConfig
+from rmr1.engine.optim_config import OptimConfig
 from rmr1.prompts import Style
 
 

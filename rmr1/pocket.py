@@ -30,7 +30,7 @@ import torch
 from rmr1.data import Kind, Label, Pair
 from rmr1.distill import nll
 from rmr1.engine.model import CausalLM, ModelConfig
-from rmr1.engine.optimizer import OptimConfig
+from rmr1.engine.optim_config import OptimConfig
 from rmr1.engine.packing import pack
 from rmr1.engine.trainer import Trainer
 from rmr1.engine.weights import load_model, save_model

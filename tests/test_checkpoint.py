@@ -27,7 +27,8 @@ from rmr1.engine.checkpoint import (
     restore_trainer,
     save_checkpoint,
 )
-from rmr1.engine.optimizer import OptimConfig, optimizer_tensors
+from rmr1.engine.optim_config import OptimConfig
+from rmr1.engine.optimizer import optimizer_tensors
 from rmr1.engine.packing import pack
 from rmr1.engine.trainer import Trainer, score
 from rmr1.engine.weights import load_model

@@ -108,6 +108,15 @@ def test_the_overview_does_not_import_torch() -> None:
     assert done.stderr == "set()\n"
 
 
+def test_help_of_a_verb_does_not_import_torch() -> None:
+    code = (
+        "import sys; from rmr1.cli import VERBS, main; [main([verb, '--help']) for verb in VERBS];"
+        "print({'torch', 'transformers'} & set(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "set()\n"
+
+
 def test_a_process_of_its_own() -> None:
     """Exit code and streams of `python -m rmr1.cli`, once for good and once for bad use."""
     for args, code, stream in ((["--help"], 0, "stdout"), (["sing"], 2, "stderr")):

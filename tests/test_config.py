@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from rmr1.config import RlvrConfig, SftConfig, load_config, to_toml
-from rmr1.demo import DemoConfig, rlvr_config, sft_config
+from rmr1.demo_config import DemoConfig, rlvr_config, sft_config
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
 KINDS = {"sft": SftConfig, "rlvr": RlvrConfig, "demo": DemoConfig}

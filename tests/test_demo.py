@@ -18,7 +18,8 @@ import pytest
 from rmr1.cli import main
 from rmr1.config import load_config, to_toml
 from rmr1.data import Pair, read_rows
-from rmr1.demo import STAGES, DemoConfig, _set_finished_aside, run_demo
+from rmr1.demo import STAGES, _set_finished_aside, run_demo
+from rmr1.demo_config import DemoConfig
 from rmr1.engine.weights import load_model
 from rmr1.models import load_tokenizer
 from rmr1.prompts import encode, render

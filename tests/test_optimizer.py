@@ -11,13 +11,8 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rmr1.engine.optimizer import (
-    OptimConfig,
-    learning_rate,
-    make_optimizer,
-    optimizer_tensors,
-    restore_optimizer,
-)
+from rmr1.engine.optim_config import OptimConfig, learning_rate
+from rmr1.engine.optimizer import make_optimizer, optimizer_tensors, restore_optimizer
 
 
 @pytest.mark.parametrize(

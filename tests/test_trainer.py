@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from rmr1.distill import nll
-from rmr1.engine.optimizer import OptimConfig, optimizer_tensors
+from rmr1.engine.optim_config import OptimConfig
+from rmr1.engine.optimizer import optimizer_tensors
 from rmr1.engine.packing import Batch, pack
 from rmr1.engine.trainer import Loss, StepStats, Trainer, score
 from rmr1.engine.weights import load_model

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from rmr1.engine.attention import PackedAttention
 from rmr1.engine.model import CausalLM
-from rmr1.engine.optimizer import OptimConfig, learning_rate, make_optimizer
+from rmr1.engine.optim_config import OptimConfig, learning_rate
+from rmr1.engine.optimizer import make_optimizer
 from rmr1.engine.packing import Batch
 from rmr1.kernels.token_logprob import token_logprobs
 
