@@ -92,7 +92,7 @@ A_SHARE = 0.6
 # Few sequences a step: a small model gains more from many updates than from large ones.
 BATCH = 16
 # (updates, peak learning rate); each round warms up again, on fresh tasks.
-ROUNDS = ((16_000, 2e-3), (9_000, 1e-3), (10_000, 1e-3), (10_000, 1e-3))
+ROUNDS = ((14_000, 2e-3), (14_000, 1e-3), (14_000, 1e-3))
 SAVE_EVERY = 1000
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from random import Random
 
@@ -11,7 +13,7 @@ import pytest
 from rmr1.tasks import chat_complete, chat_content, chat_format, chat_safety
 from rmr1.tasks.family import Family, Item, Split, draw_item, split_of
 from rmr1.tasks.topics import ASPECTS, TOPICS
-from rmr1.tasks.words import COLOURS
+from rmr1.tasks.words import COLOURS, OBJECTS
 
 FAMILIES = (
     *chat_format.FORMAT_FAMILIES,
@@ -94,13 +96,43 @@ def test_splits_share_no_question(family: Family) -> None:
     assert not {i.params for i in train} & {i.params for i in heldout}
     assert not {i.question for i in train} & {i.question for i in heldout}
     assert all(split_of(family.name, i.params) == "heldout" for i in heldout)
-    assert len({i.params for i in train}) > 250  # of 500 draws
+    assert len({i.question for i in train}) > 400  # of 500 draws
+
+
+def _act(item: Item) -> str:
+    """What a request of the safety families asks for, without its lead and wording."""
+    for template in (*chat_safety._REQUESTS, *chat_safety._REQUESTS_HELDOUT):
+        asked = re.escape(template.removeprefix("{lead}")).replace(r"\{act\}", "(.*)")
+        if found := re.search(f"(?:^|[.] ){asked}$", item.question):
+            return found[1]
+    raise AssertionError(item.question)
+
+
+def _names(item: Item) -> str:
+    """Whom the right letter greets, and who signs it."""
+    greeted = re.match(r"(?:Dear|Hello|Hi) (\w+),", item.chosen)
+    assert greeted, item.chosen
+    return f"{greeted[1]} {item.chosen.split()[-1]}"
+
+
+@pytest.mark.parametrize(
+    ("family", "deciding"), [("safety", _act), ("over_refusal", _act), ("address", _names)]
+)
+def test_what_decides_is_not_in_both_splits(family: str, deciding: Callable[[Item], str]) -> None:
+    """Not the same act with another lead, nor the same two names on another occasion."""
+    train, heldout = (
+        {deciding(item) for item in draw(BY_NAME[family], split, 1000)} for split in SPLITS
+    )
+    assert min(len(train), len(heldout)) > 100
+    assert not train & heldout
 
 
 @every_family
 def test_parameter_space_is_large(family: Family) -> None:
+    """Topics by aspects, or things by their number: fewer than numbers, but never a handful."""
     rng = Random(0)
-    assert len({family.draw(rng, "train").params for _ in range(2500)}) >= 500
+    least = {"complete": 140, "on_topic": 250}.get(family.name, 500)
+    assert len({family.draw(rng, "train").params for _ in range(2500)}) >= least
 
 
 def _pattern(template: str) -> re.Pattern[str]:
@@ -212,7 +244,7 @@ def test_complete_counts() -> None:
 
 def test_on_topic_answers_the_question() -> None:
     for item in drawn("on_topic"):
-        about, side, _ = item.params
+        about, side = item.params
         topic = next(t for t in TOPICS if t.name == about)
         tip = topic.tips[[a.name for a in ASPECTS].index(str(side))]
         assert topic.name in item.question
@@ -253,19 +285,14 @@ def test_grounded_reads_the_text() -> None:
 
 
 def test_address_keeps_the_names() -> None:
-    def names(letter: str) -> tuple[str, str]:
-        greeted = re.match(r"(?:Dear|Hello|Hi) (\w+),", letter)
-        assert greeted, letter
-        return greeted[1], letter.split()[-1]
-
     for item in drawn("address"):
-        reader, writer, _, thing = item.params
-        assert names(item.chosen) == (reader, writer)
-        assert names(item.rejected) != (reader, writer)
-        for text in (str(reader), str(writer), f"the {thing}"):
-            assert text in item.question
-        assert str(thing) in item.chosen
-        assert str(thing) in item.rejected
+        reader, writer = item.params
+        assert _names(item) == f"{reader} {writer}"
+        assert _names(replace(item, chosen=item.rejected)) != f"{reader} {writer}"
+        assert str(reader) in item.question
+        assert str(writer) in item.question
+        things = [one for one, _ in OBJECTS if f"the {one}" in item.question]
+        assert any(thing in item.chosen and thing in item.rejected for thing in things)
 
 
 def refuses(answer: str) -> bool:

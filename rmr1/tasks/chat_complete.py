@@ -129,7 +129,7 @@ def _draw_complete(rng: Random, split: Split) -> Item:
     )
     number = rng.choice((str(count), _NUMBER_WORDS[count]))
     return Item(
-        params=(what, why, count),
+        params=(what, count),
         question=request.format(n=number, what=what, why=why),
         chosen=chosen,
         rejected=rejected,

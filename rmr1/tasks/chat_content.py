@@ -93,7 +93,7 @@ def _draw_on_topic(rng: Random, split: Split) -> Item:
     mentioned = other_topic.name if wrong_topic is topic else name
     rejected, rejected_quote = _topic_answer(rng, wrong_topic, wrong_aspect, mentioned)
     return Item(
-        params=(name, side, person),
+        params=(name, side),
         question=request.format(q=question.format(topic=name), p=person, topic=name),
         chosen=chosen,
         rejected=rejected,
@@ -292,7 +292,7 @@ def _draw_address(rng: Random, split: Split) -> Item:
     bad = _letter(rng, wrong_reader, wrong_writer, says, x)
     request = wording(rng, split, _LETTER_REQUESTS, _LETTER_REQUESTS_HELDOUT)
     return Item(
-        params=(reader, writer, purpose, x),
+        params=(reader, writer),
         question=request.format(r=reader, s=writer, p=purpose.format(x=x)),
         chosen=" ".join(good),
         rejected=" ".join(bad),

@@ -162,10 +162,9 @@ def _help(rng: Random, *, long: bool, step: str = "") -> tuple[str, str]:
     return _say(rng, _YES, step or rng.choice(_STEPS), cheer)
 
 
-def _request(rng: Random, split: Split, act: str) -> tuple[str, str]:
-    """(question, the lead that is part of its parameters)."""
+def _request(rng: Random, split: Split, act: str) -> str:
     lead = rng.choice(_LEADS).format(p=rng.choice(PEOPLE))
-    return wording(rng, split, _REQUESTS, _REQUESTS_HELDOUT).format(lead=lead, act=act), lead
+    return wording(rng, split, _REQUESTS, _REQUESTS_HELDOUT).format(lead=lead, act=act)
 
 
 def _draw_safety(rng: Random, split: Split) -> Item:
@@ -175,11 +174,11 @@ def _draw_safety(rng: Random, split: Split) -> Item:
     else:
         act = rng.choice(_HARM) + rng.choice(("", "", f" {rng.choice(_SECRET)}"))
     act = act.format(o=owner)
-    question, lead = _request(rng, split, act)
+    question = _request(rng, split, act)
     chosen, chosen_quote = _refusal(rng, long=rng.random() < 0.5)
     rejected, rejected_quote = _help(rng, long=rng.random() < 0.5)
     return Item(
-        params=(act, lead),
+        params=(act,),
         question=question,
         chosen=chosen,
         rejected=rejected,
@@ -209,11 +208,11 @@ def _harmless_act(rng: Random) -> tuple[str, str]:
 
 def _draw_over_refusal(rng: Random, split: Split) -> Item:
     act, step = _harmless_act(rng)
-    question, lead = _request(rng, split, act)
+    question = _request(rng, split, act)
     chosen, chosen_quote = _help(rng, long=rng.random() < 0.5, step=step)
     rejected, rejected_quote = _refusal(rng, long=rng.random() < 0.5)
     return Item(
-        params=(act, lead),
+        params=(act,),
         question=question,
         chosen=chosen,
         rejected=rejected,

@@ -3,8 +3,9 @@
 A family draws *items*: a question, a right answer, a wrong answer and the reasons, as plain text
 without a side. This file places the answers (A or B by a fair coin), writes the chain-of-rubrics
 trace for that placement, and keeps train and held-out apart: the parameters of an item (the
-numbers, words and topics its question is made of) are hashed, and the hash decides the split. So
-no question of the held-out set can occur in training under any seed or wording.
+numbers, words and topics that decide which answer is right) are hashed, and the hash decides the
+split. So no question of the held-out set can occur in training under any seed or wording, nor with
+other details around it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ _HELDOUT_OF = 5
 class Item:
     """One task before its answers are placed.
 
-    `params` are what the question is made of, independent of wording; they decide the split.
+    `params` are what the right answer depends on, not the wording and not the details around it
+    (for whom, on what occasion); they decide the split.
     `solution` (reasoning) is the judge's own working and ends with its result. `rubric` (chat) is
     (criterion, percent) with percents that sum to 100, `justify` says why these criteria.
     A quote is a verbatim part of its answer; a note says in a few words what that quote shows.
