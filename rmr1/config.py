@@ -143,17 +143,12 @@ def load_config(
     part keeps the other defaults of the stage. ValueError names the key, the file (or the command
     line) and the reason.
     """
-    tree: dict[str, Any] = {}
-    if path is not None:
-        try:
-            tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ValueError(
-                f"{path}: cannot be read ({error.strerror}); give a TOML file"
-            ) from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: no valid TOML ({error})") from error
-        _refuse_other_types(kind, tree, path)
+    try:
+        tree = {} if path is None else _read_toml(kind, path)
+    except RecursionError:  # in tomllib, or where an error shows the value
+        raise ValueError(
+            f"{path}: nested too deep to be read; write [section] and key = value only"
+        ) from None
     overridden = overrides or {}
     for dotted, value in overridden.items():
         _set(tree, dotted, value)
@@ -161,6 +156,17 @@ def load_config(
         return kind.model_validate(_with_defaults(kind, tree))
     except ValidationError as error:
         raise ValueError(_explain(error, kind, path, overridden)) from None
+
+
+def _read_toml(kind: type[BaseModel], path: str | Path) -> dict[str, Any]:
+    try:
+        tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); give a TOML file") from error
+    except ValueError as error:  # TOMLDecodeError, UnicodeDecodeError, an endless number
+        raise ValueError(f"{path}: no valid TOML ({error})") from error
+    _refuse_other_types(kind, tree, path)
+    return tree
 
 
 def _section(kind: type[BaseModel], name: str) -> type[BaseModel] | None:

@@ -73,14 +73,14 @@ def _conversation(value: Any) -> tuple[Message, ...]:
             raise ValueError(f'{where}.role" must be one of {roles}, got {turn.get("role")!r}')
         if not isinstance(turn.get("content"), str):
             raise ValueError(f'{where}.content" must be a text, got {turn.get("content")!r}')
-        _refuse_half_characters(turn["content"], f'{where}.content"')
+        refuse_half_characters(turn["content"], f'{where}.content"')
         turns.append({"role": turn["role"], "content": turn["content"]})
     if turns[-1]["role"] != "user":
         raise ValueError('field "conversation" must end with a user turn')
     return tuple(turns)
 
 
-def _refuse_half_characters(text: str, what: str) -> None:
+def refuse_half_characters(text: str, what: str) -> None:
     """JSON can spell half a surrogate pair, which no tokenizer and no file takes."""
     try:
         text.encode("utf-8")
@@ -104,7 +104,7 @@ def pair_from_row(row: Any) -> Pair:
     for field in _TEXT_FIELDS:
         if not isinstance(row[field], str) or not row[field].strip():
             raise ValueError(f'field "{field}" must be a non-empty text, got {row[field]!r}')
-        _refuse_half_characters(row[field], f'field "{field}"')
+        refuse_half_characters(row[field], f'field "{field}"')
     if row["label"] not in get_args(Label):
         raise ValueError(f'field "label" must be "A" or "B", got {row["label"]!r}')
     if row["kind"] not in get_args(Kind):
@@ -112,7 +112,7 @@ def pair_from_row(row: Any) -> Pair:
     trace = row.get("trace", "")
     if not isinstance(trace, str):
         raise ValueError(f'field "trace" must be a text, got {trace!r}')
-    _refuse_half_characters(trace, 'field "trace"')
+    refuse_half_characters(trace, 'field "trace"')
     return Pair(
         id=row["id"],
         source=row["source"],
@@ -125,6 +125,15 @@ def pair_from_row(row: Any) -> Pair:
     )
 
 
+def _instead_of_a_file(path: Path) -> str:
+    """What stands at a path where no regular file is."""
+    if path.is_dir():
+        return "is a folder"
+    if path.is_fifo():  # files are read more than once, which a pipe does not stand
+        return "is a pipe"
+    return "is a device or a socket" if path.exists() else "no such file"
+
+
 def read_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
     """Yield (line number, decoded row) of a JSONL file; blank lines are skipped.
 
@@ -132,7 +141,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; give the path of a JSONL file")
+        raise ValueError(f"{path}: {_instead_of_a_file(path)}; give the path of a JSONL file")
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
@@ -155,13 +164,24 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
 
 
 def read_pairs(path: str | Path) -> list[Pair]:
-    """Read a JSONL file of pairs. ValueError names the file, the line and the field."""
+    """Read a JSONL file of pairs. ValueError names the file, the line and the field.
+
+    Ids may not repeat: judgments of a pair are found again by its id.
+    """
     pairs = []
+    lines: dict[str, int] = {}  # id -> where it stands
     for number, row in read_rows(path):
         try:
-            pairs.append(pair_from_row(row))
+            pair = pair_from_row(row)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
+        first = lines.setdefault(pair.id, number)
+        if first != number:
+            raise ValueError(
+                f'{path}, line {number}: field "id" is {pair.id!r}, as in line {first}; give each'
+                " pair an id of its own"
+            )
+        pairs.append(pair)
     if not pairs:
         raise ValueError(f"{path}: the file holds no pairs")
     return pairs

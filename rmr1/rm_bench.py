@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,7 +21,7 @@ from rmr1.engine.generator import SamplingParams
 from rmr1.judge import Generates, Judgment, Progress, judge_pairs
 from rmr1.prompts import Style, prompt_hash
 from rmr1.rm_bench_items import Cell, Key, load_items, plan
-from rmr1.score import Report, score_file
+from rmr1.score import Report, score_file, score_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ def repair_tail(path: Path) -> bool:
     end = content.rfind(b"\n") + 1
     try:
         whole = isinstance(json.loads(content[end:].decode("utf-8")), dict)
-    except ValueError:  # no UTF-8 or no JSON: the row was torn
+    except (RecursionError, ValueError):  # no UTF-8 or no JSON: the row was torn
         whole = False
     with path.open("r+b") as stream:
         if whole:
@@ -92,31 +93,30 @@ def repair_tail(path: Path) -> bool:
 
 
 def _done(path: Path, settings: dict[str, Any]) -> set[Key]:
-    """Which judgments a file holds already. ValueError when other settings made one of them."""
+    """Which judgments a file holds already.
+
+    ValueError when other settings made one of them, or when one is no judgment of RM-Bench: the
+    score at the end would refuse it, after hours of judging.
+    """
     if not path.exists():
         return set()
     repair_tail(path)
-    done: set[Key] = set()
-    for number, row in read_rows(path):
-        where = f"{path}, line {number}"
+    rows = list(read_rows(path))
+    for number, row in rows:
         if not isinstance(row, dict):
-            raise ValueError(f"{where}: a judgment must be a JSON object")
+            continue  # refused below
         for field, value in settings.items():
             if row.get(field) != value:
                 raise ValueError(
-                    f'{where}: field "{field}" is {row.get(field)!r}, but this run has {value!r};'
-                    " give another output file, or remove this one to start over"
+                    f'{path}, line {number}: field "{field}" is {row.get(field)!r}, but this run'
+                    f" has {value!r}; give another output file, or remove this one to start over"
                 )
-        try:
-            done.add(
-                (
-                    row["domain"], str(row["id"]), row["chosen_index"], row["rejected_index"],
-                    row["label"],
-                )
-            )  # fmt: skip
-        except KeyError as error:
-            raise ValueError(f"{where}: field {error} is missing".replace("'", '"')) from None
-    return done
+    if rows:
+        score_rows(rows, "rm-bench", where=str(path))
+    return {
+        (row["domain"], str(row["id"]), row["chosen_index"], row["rejected_index"], row["label"])
+        for _, row in rows
+    }
 
 
 def _row(cell: Cell, judgment: Judgment, settings: dict[str, Any]) -> dict[str, Any]:
@@ -148,33 +148,28 @@ def _append(stream: TextIO, rows: list[dict[str, Any]]) -> None:
 
 
 def _judged(
-    generator: Generates,
-    tokenizer: Any,
+    judge: Callable[..., list[Judgment]],
     cells: list[Cell],
     *,
-    style: Style,
-    max_new_tokens: int,
-    max_prompt_tokens: int | None,
     batch_size: int,
-    progress: Progress,
+    resumed: int,
+    progress: Progress | None,
 ) -> Iterator[list[tuple[Cell, Judgment]]]:
-    """The judgments of `cells`, batch by batch. `progress(done, total)` counts all of them."""
-    sampling = SamplingParams(n=1, temperature=0.0, max_new_tokens=max_new_tokens)
+    """The judgments of `cells`, batch by batch.
+
+    `judge` is `judge_pairs` but for pairs and progress. `progress(done, total)` counts judgments,
+    the `resumed` ones included.
+    """
+    tell: Progress = progress or (lambda _done, _total: None)
+    total = resumed + len(cells)
+    tell(resumed, total)
     for start in range(0, len(cells), batch_size):
         batch = cells[start : start + batch_size]
 
-        def within(done: int, _of_batch: int, start: int = start) -> None:
-            progress(start + done, len(cells))
+        def within(done: int, _of_batch: int, before: int = resumed + start) -> None:
+            tell(before + done, total)
 
-        judgments = judge_pairs(
-            generator,
-            tokenizer,
-            [cell.pair() for cell in batch],
-            style=style,
-            sampling=sampling,
-            max_prompt_tokens=max_prompt_tokens,
-            progress=within,
-        )
+        judgments = judge(pairs=[cell.pair() for cell in batch], progress=within)
         yield list(zip(batch, judgments, strict=True))
 
 
@@ -216,24 +211,18 @@ def run_rm_bench(
     done = _done(output, settings)
     todo = [cell for cell in cells if cell.key not in done]
     resumed = len(cells) - len(todo)
-
-    def tell(now: int, _new: int) -> None:
-        if progress is not None:
-            progress(resumed + now, len(cells))
-
-    tell(0, len(todo))
+    judge = partial(
+        judge_pairs,
+        generator,
+        tokenizer,
+        style=style,
+        sampling=SamplingParams(n=1, temperature=0.0, max_new_tokens=max_new_tokens),
+        max_prompt_tokens=max_prompt_tokens,
+    )
+    batches = _judged(judge, todo, batch_size=batch_size, resumed=resumed, progress=progress)
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("a", encoding="utf-8") as stream:
-        for batch in _judged(
-            generator,
-            tokenizer,
-            todo,
-            style=style,
-            max_new_tokens=max_new_tokens,
-            max_prompt_tokens=max_prompt_tokens,
-            batch_size=batch_size,
-            progress=tell,
-        ):
+        for batch in batches:
             _append(stream, [_row(cell, judgment, settings) for cell, judgment in batch])
     return RmBenchRun(
         output=output,

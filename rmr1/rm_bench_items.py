@@ -17,7 +17,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from rmr1.data import Kind, Label, Pair
+from rmr1.data import Kind, Label, Pair, refuse_half_characters
 
 DOMAINS = ("chat", "math", "code", "safety-refuse", "safety-response")
 TOTAL = "total_dataset.json"
@@ -86,8 +86,14 @@ def _read_list(path: Path) -> list[Any]:
         raise ValueError(
             f"{path}, line {error.lineno}: no JSON ({error.msg}); fetch the file again"
         ) from error
+    except (RecursionError, ValueError) as error:  # nested too deep; an endless number
+        raise ValueError(
+            f"{path}: no JSON that can be read ({error}); fetch the file again"
+        ) from None
     if not isinstance(rows, list):
         raise ValueError(f"{path}: must hold a JSON list of items, got {type(rows).__name__}")
+    if not rows:
+        raise ValueError(f"{path}: the list holds no items; fetch the file again or remove it")
     return rows
 
 
@@ -103,6 +109,8 @@ def _answers(row: dict[str, Any], field: str) -> tuple[str, str, str]:
             f'field "{field}" must be a list of three texts (concise, detailed, markdown),'
             f" got {found}"
         )
+    for index, answer in enumerate(value):
+        refuse_half_characters(answer, f'field "{field}[{index}]"')
     return (value[0], value[1], value[2])
 
 
@@ -116,8 +124,10 @@ def _item(row: Any, domain: str | None) -> Item:
     name = row.get("id")
     if isinstance(name, bool) or not isinstance(name, str | int):
         raise ValueError(f'field "id" must be a text or a whole number, got {name!r}')
+    refuse_half_characters(str(name), 'field "id"')
     if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
         raise ValueError(f'field "prompt" must be a non-empty text, got {row.get("prompt")!r}')
+    refuse_half_characters(row["prompt"], 'field "prompt"')
     if domain is None:
         domain = row.get("domain")
         if domain not in DOMAINS:

@@ -198,6 +198,24 @@ def test_files_that_are_no_toml(tmp_path: Path) -> None:
     assert told(SftConfig, path, {}).startswith(f"{path}: no valid TOML (")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "steps = " + "[" * 5000 + "]" * 5000,
+        "steps = " + "{a = " * 5000 + "1" + "}" * 5000,
+        "steps" + ".a" * 5000 + " = 1",
+        "[grpo.beta" + ".a" * 5000 + "]",
+        "grpo" + ".a" * 5000 + " = 1",
+        "seed = " + "1" * 5000,
+        *("steps = " + "[" * depth + "]" * depth for depth in range(300, 1000, 50)),
+    ],
+    ids=lambda text: f"{text[:9].strip()} of {len(text)}",
+)
+def test_toml_without_an_end_is_one_sentence(tmp_path: Path, text: str) -> None:
+    path = toml(tmp_path, text)
+    assert told(RlvrConfig, path, STAGE).startswith(f"{path}: ")
+
+
 @pytest.mark.parametrize("from_file", [False, True])
 def test_a_section_in_part_keeps_the_other_defaults_of_its_stage(
     tmp_path: Path, from_file: bool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -60,7 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @QUICK
-@given(st.lists(pairs(), min_size=1, max_size=4))
+@given(st.lists(pairs(), min_size=1, max_size=4, unique_by=lambda pair: pair.id))
 def test_pairs_survive_a_file(folder: Path, written: list[Pair]) -> None:
     path = folder / "new" / "pairs.jsonl"
     assert write_pairs(path, written) == len(written)
@@ -171,7 +172,26 @@ def test_files_that_hold_nothing(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n\n")
     assert "holds no pairs" in message(tmp_path / "empty.jsonl")
     assert "no such file" in message(tmp_path / "absent.jsonl")
-    assert "no such file" in message(tmp_path)  # a folder
+
+
+def test_what_is_no_file_is_called_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "folder.jsonl").mkdir()
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    for path, told in [
+        (tmp_path / "folder.jsonl", "is a folder"),
+        (tmp_path / "pipe.jsonl", "is a pipe"),
+        (Path("/dev/null"), "is a device or a socket"),
+        (tmp_path / "link.jsonl", "no such file"),
+    ]:
+        assert message(path) == f"{path}: {told}; give the path of a JSONL file"
+
+
+def test_a_repeated_id_is_named_with_both_lines(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    rows = [GOOD, {**GOOD, "id": "p2"}, {**GOOD, "source": "other"}]
+    path.write_text("\n" + "\n".join(map(json.dumps, rows)))
+    assert f"{path}, line 4: field \"id\" is 'p1', as in line 2; give each" in message(path)
 
 
 def test_a_row_is_what_asdict_gives() -> None:

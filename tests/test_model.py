@@ -38,6 +38,7 @@ YARN = {
     "original_max_position_embeddings": 64,
     "rope_theta": 1e4,
 }
+NAN, INFINITE = float("nan"), float("inf")  # which JSON as Python reads it may hold
 FAMILIES: dict[str, Any] = {
     "llama": LlamaConfig(**SIZES),
     "llama-tied-biased": LlamaConfig(
@@ -348,6 +349,112 @@ def test_old_and_new_spelling_of_rope_agree() -> None:
 def test_bad_config(change: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         ModelConfig.from_dict({**SIZES, "model_type": "llama", **change})
+
+
+SLIDING = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64}
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_type": ["llama"]}, r"unknown architecture \['llama'\]"),
+        ({"model_type": {}}, r"unknown architecture \{\}"),
+        ({"architectures": 1}, r"architectures must be a list of names, got 1"),
+        ({"architectures": "LlamaForCausalLM"}, r"architectures must be a list of names"),
+        ({"architectures": [None]}, r"architectures must be a list of names"),
+        ({"layer_types": 1}, r"layer_types must be a list of names, got 1"),
+        ({**SLIDING, "max_window_layers": None}, r"max_window_layers must be an integer from 0 up"),
+        ({**SLIDING, "num_hidden_layers": "3"}, r"num_hidden_layers must be .* got '3'"),
+        ({**SLIDING, "max_window_layers": 0, "sliding_window": "64"}, r"sliding_window must be a"),
+        ({**SLIDING, "max_position_embeddings": None}, r"max_position_embeddings must be a pos"),
+        ({**SLIDING, "use_sliding_window": "false"}, r"use_sliding_window must be true or false"),
+        ({"tie_word_embeddings": "false"}, r"tie_word_embeddings must be true or false, got 'f"),
+        ({"vocab_size": 10**30}, r"vocab_size must be at most 1048576, got 10{30}"),
+        ({"vocab_size": 97.0}, r"vocab_size must be a positive integer, got 97\.0"),
+        ({"num_hidden_layers": 10**6}, r"num_hidden_layers must be at most 4096"),
+        ({"num_attention_heads": 0}, r"num_attention_heads must be a positive integer, got 0"),
+        ({"head_dim": [16]}, r"head_dim must be a positive integer, got \[16\]"),
+        ({"rms_norm_eps": NAN}, r"rms_norm_eps must be a finite number above 0 .*, got nan"),
+        ({"rms_norm_eps": -1e-6}, r"rms_norm_eps must be a finite number above 0"),
+        ({"initializer_range": -1}, r"initializer_range must be 0 or a finite number above it"),
+        ({"rope_theta": 0}, r"rope_theta must be a finite number above 0 .*, got 0"),
+        ({"rope_theta": INFINITE}, r"rope_theta must be a finite number above 0 .*, got inf"),
+        ({"rope_theta": 10**400}, r"rope_theta must be a finite number above 0"),
+        ({"eos_token_id": "x"}, r"eos_token_id must be a token id or a list .* got 'x'"),
+        ({"eos_token_id": [[2]]}, r"eos_token_id must hold token ids only, got \[\[2\]\]"),
+        ({"bos_token_id": 2**40}, r"bos_token_id must be a token id, got 1099511627776"),
+        *(
+            ({"rope_scaling": {**LINEAR, "factor": value}}, rf"factor must be .* got {value}")
+            for value in (0, 0.0, -2.0, NAN, INFINITE, 1e-320, True)
+        ),
+        ({"rope_scaling": {**LINEAR, "rope_type": "dynamic", "factor": 0}}, r"factor must be"),
+        ({"rope_scaling": {**LLAMA3, "factor": NAN}}, r"factor must be .* got nan"),
+        ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1}}, r"above low_freq_factor \(1\.0\)"),
+        ({"rope_scaling": {**YARN, "factor": 0}}, r"factor must be"),
+        ({"rope_scaling": {**YARN, "beta_fast": -1}}, r"beta_fast must be"),
+        ({"rope_scaling": {**YARN, "rope_theta": 1}}, r"frequencies that are not finite"),
+        ({"rope_scaling": {**YARN, "beta_fast": 1e38, "rope_theta": 1}}, r"not finite"),
+        ({"rope_scaling": {**YARN, "attention_factor": [1]}}, r"attention_factor must be a number"),
+        ({"rope_scaling": {**YARN, "mscale": "1", "mscale_all_dim": 1}}, r"mscale must be a num"),
+        ({"rope_scaling": {**YARN, "truncate": 0}}, r"truncate must be true or false, got 0"),
+        (
+            {"rope_scaling": {**YARN, "original_max_position_embeddings": True}},
+            r"original_max_position_embeddings must be a positive integer, got True",
+        ),
+    ],
+)
+def test_values_of_the_wrong_type_or_size(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words) as caught:
+        ModelConfig.from_dict({**SIZES, "model_type": "llama", **change})
+    assert len(str(caught.value)) < 400
+
+
+def test_any_value_in_any_place_is_understood_or_refused() -> None:
+    """No value gives another error than ValueError, nor a model whose angles are not finite."""
+    whole = {**FAMILIES["qwen2-tied-yarn"].to_dict(), **SLIDING, "max_window_layers": 3}
+    whole |= {"attention_bias": False, "layer_types": None, "rope_theta": 1e4}
+    deep: Any = []
+    for _ in range(5000):
+        deep = [deep]
+    odd = [None, True, 0, -1, 1, 2.5, 10**30, 10**400, NAN, -INFINITE, 1e-320, 1e300, "", "x"]
+    odd += [[], [None], [[1]], {}, {"factor": 1}, deep, {"x": deep}]
+    outcomes = []
+    for kind in ("yarn", "linear", "llama3", "dynamic"):
+        rope = {**YARN, **LLAMA3, "rope_type": kind, "mscale": 1.0, "mscale_all_dim": 1.0}
+        rope |= {"beta_fast": 32, "beta_slow": 1, "attention_factor": None, "truncate": True}
+        cases = [{**whole, "rope_parameters": rope, name: value} for name in whole for value in odd]
+        cases += [
+            {**whole, "rope_parameters": {**rope, name: value}} for name in rope for value in odd
+        ]
+        for raw in cases:
+            try:
+                config = ModelConfig.from_dict(raw)
+            except ValueError as error:
+                assert len(str(error)) < 500  # noqa: PT017
+                outcomes.append(False)
+                continue
+            outcomes.append(True)
+            frequencies = inverse_frequencies(
+                config.head_dim, config.rope_theta, config.rope_scaling
+            )
+            assert frequencies.isfinite().all()
+            assert ModelConfig.from_dict(config.to_dict()) == config
+    assert 0.2 < sum(outcomes) / len(outcomes) < 0.8
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tie_word_embeddings": None, "pad_token_id": -1, "eos_token_id": [2, 3]},
+        {"architectures": None, "layer_types": None, "rope_scaling": None, "rms_norm_eps": None},
+        {"max_position_embeddings": 10_485_760, "vocab_size": 262_144, "initializer_range": 0},
+        {"max_window_layers": None, "use_sliding_window": False},
+    ],
+)
+def test_values_that_real_models_have_are_fine(change: dict[str, Any]) -> None:
+    config = ModelConfig.from_dict({**SIZES, "model_type": "qwen2", **change})
+    assert ModelConfig.from_dict(config.to_dict()) == config
 
 
 @pytest.mark.parametrize(

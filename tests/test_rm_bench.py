@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -42,12 +42,14 @@ def folder(path: Path, **domains: int) -> Path:
 
 
 class FakeTokenizer:
-    """One token a character."""
+    """One token a character, none of them special."""
+
+    added_tokens_decoder: ClassVar[dict[int, Any]] = {}
 
     def apply_chat_template(self, messages: list[dict], **_options: Any) -> str:
         return "\n".join(message["content"] for message in messages)
 
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+    def __call__(self, text: str, **_options: Any) -> dict[str, list[int]]:
         return {"input_ids": [ord(letter) for letter in text]}
 
 
@@ -235,6 +237,36 @@ def test_a_bad_line_inside_is_an_error_and_the_file_stays(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"domain": ["chat"]}, r'field "domain" must be one of chat, .* got \[\'chat\'\]'),
+        ({"chosen_index": [1]}, r'field "chosen_index" must be one of 0, 1, 2, got \[1\]'),
+        ({"chosen_index": 7}, r'field "chosen_index" must be one of 0, 1, 2, got 7'),
+        ({"verdict": "Z"}, r'field "verdict" must be one of A, B, tie, null, got \'Z\''),
+        ({"label": {}}, r'field "label" must be one of A, B'),
+        ({"id": None}, r'field "id" is None'),
+        ({"rejected_index": ...}, r'field "rejected_index" is missing'),
+        (None, "a judgment must be a JSON object, got list"),
+    ],
+)
+def test_a_bad_row_is_found_before_anything_is_judged(
+    tmp_path: Path, change: dict[str, Any] | None, told: str
+) -> None:
+    data = folder(tmp_path / "data", chat=2)
+    output = run(data, tmp_path / "j.jsonl", limit=1).output
+    rows: list[Any] = rows_of(output)
+    fields = {**rows[3], **(change or {})}
+    rows[3] = [1] if change is None else {k: v for k, v in fields.items() if v is not ...}
+    output.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    before = output.read_bytes()
+    generator = FakeGenerator()
+    with pytest.raises(ValueError, match=rf"j\.jsonl, line 4: {told}"):
+        run(data, output, generator=generator)
+    assert generator.prompts == []
+    assert output.read_bytes() == before
+
+
+@pytest.mark.parametrize(
     ("option", "field"),
     [
         ({"model": "m@2"}, "model"),
@@ -291,6 +323,10 @@ def test_a_repeated_id_stays_two_items(tmp_path: Path) -> None:
         (item_row(1, prompt=" "), r'item 1: field "prompt"'),
         (item_row(1, id=None), r'item 1: field "id"'),
         (["x"], r"item 1: an item must be a JSON object"),
+        (item_row(1, prompt="half \ud83d"), r'item 1: field "prompt" holds half a surrogate pair'),
+        (item_row(1, chosen=["a", "b", "\ud83d"]), r'item 1: field "chosen\[2\]" holds half a sur'),
+        (item_row(1, rejected=["\ude00", "b", "c"]), r'item 1: field "rejected\[0\]" holds half'),
+        (item_row(1, id="\ud83d"), r'item 1: field "id" holds half a surrogate pair'),
     ],
 )
 def test_a_bad_item_is_named(tmp_path: Path, row: Any, message: str) -> None:
@@ -315,6 +351,14 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     path.write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match="must hold a JSON list"):
         load_items(tmp_path)
+    for text in ("[" * 100_000, "[" + "1" * 5000 + "]"):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"chat_filtered\.json: no JSON that can be read"):
+            load_items(tmp_path)
+    path.write_text("[]", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"chat_filtered\.json: the list holds no items"):
+        run(tmp_path, tmp_path / "j.jsonl")
+    assert not (tmp_path / "j.jsonl").exists()
     path.unlink()
     row = item_row(1, domain="poetry")
     (tmp_path / "total_dataset.json").write_text(json.dumps([row]), encoding="utf-8")

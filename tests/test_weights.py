@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rmr1.engine.attention import PackedAttention
+from rmr1.engine.generator import Generator, SamplingParams
 from rmr1.engine.model import CausalLM, ModelConfig
 from rmr1.engine.weights import load_model, read_config, save_model
 
@@ -196,6 +198,9 @@ def test_missing_directory_config_and_weights(tmp_path: Path, saved: Path) -> No
         (b"{", r"config\.json is not valid JSON"),
         (b"\xff\xfe", r"config\.json is not valid JSON"),
         (b"[1]", r"must hold a JSON object, got list"),
+        (b"[" * 100_000, r"config\.json is nested too deep to be read"),
+        (b'{"vocab_size": ' + b"1" * 5000 + b"}", r"config\.json is not valid JSON"),
+        (b'{"model_type": ["llama"]}', r"config\.json: .*unknown architecture \['llama'\]"),
         (b'{"model_type": "t5"}', r"config\.json: .*unknown architecture 't5'.*llama.*qwen3"),
     ],
 )
@@ -205,6 +210,40 @@ def test_bad_config_file(saved: Path, content: bytes, words: str) -> None:
         read_config(saved)
     with pytest.raises(ValueError, match=words):
         load_model(saved)
+
+
+@pytest.mark.parametrize("depth", range(940, 1010, 3))
+def test_a_config_near_the_depth_that_python_reads(saved: Path, depth: int) -> None:
+    """Where the file can be read and its value cannot be shown whole."""
+    (saved / "config.json").write_text('{"model_type": ' + "[" * depth + "]" * depth + "}")
+    with pytest.raises(ValueError, match=r"config\.json.*(nested too deep|unknown architecture)"):
+        read_config(saved)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", r"is not valid JSON"),
+        ("[]", r"must hold a JSON object, got list"),
+        ("[" * 100_000, r"is nested too deep"),
+        ('{"eos_token_id": "x"}', r"eos_token_id must be a token id or a list .*, got 'x'"),
+        ('{"eos_token_id": 2.0}', r"eos_token_id must be a token id or a list .*, got 2\.0"),
+        ('{"eos_token_id": [3, "x"]}', r"eos_token_id must hold token ids only, got \[3, 'x'\]"),
+        (f'{{"eos_token_id": [3, {10**30}]}}', r"eos_token_id must hold token ids only"),
+    ],
+)
+def test_bad_generation_config(tmp_path: Path, content: str, words: str) -> None:
+    (tmp_path / "generation_config.json").write_text(content)
+    tokenizer = SimpleNamespace(eos_token_id=3, name_or_path=str(tmp_path))
+    with pytest.raises(ValueError, match=rf"generation_config\.json:? {words}"):
+        Generator(tiny(), tokenizer)
+
+
+def test_a_generation_config_may_name_one_end_token_or_none(tmp_path: Path) -> None:
+    tokenizer = SimpleNamespace(eos_token_id=3, name_or_path=str(tmp_path))
+    for content, ends in [("{}", [3, 4]), ('{"eos_token_id": 7}', [3, 4, 7])]:
+        (tmp_path / "generation_config.json").write_text(content)
+        assert Generator(tiny(), tokenizer).end_tokens(SamplingParams()) == ends
 
 
 @pytest.mark.parametrize("keep", [0, 1, 7, 8, 100, 5_000, -1])

@@ -11,7 +11,6 @@ Legend: B running samples (rows), H hidden size, V vocabulary.
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from rmr1.engine.cache_plan import bytes_per_token, default_budget, plan_cache
+from rmr1.engine.config_json import end_token_ids, read_json
 from rmr1.engine.detokenize import StopStrings, decode
 from rmr1.engine.kv_cache import DecodeLayout, SharedPromptCache
 from rmr1.engine.model import CausalLM, ModelConfig
@@ -310,7 +310,11 @@ def _end_tokens(model: CausalLM, tokenizer: Any) -> set[int]:
     sources = [tokenizer.eos_token_id, model.config.eos_token_id]
     path = Path(str(getattr(tokenizer, "name_or_path", ""))) / "generation_config.json"
     if path.is_file():
-        sources.append(json.loads(path.read_text(encoding="utf-8")).get("eos_token_id"))
+        raw = read_json(path)
+        try:
+            sources.append(end_token_ids(raw))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     ends: set[int] = set()
     for source in sources:
         if source is not None:

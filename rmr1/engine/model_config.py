@@ -10,7 +10,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
-from rmr1.kernels.rope import RopeKind, RopeScaling
+import torch
+
+from rmr1.engine.config_json import (
+    check_size,
+    end_token_ids,
+    flag,
+    names,
+    positive,
+    short,
+    size,
+    token_id,
+)
+from rmr1.kernels.rope import RopeKind, RopeScaling, inverse_frequencies
 
 Family = Literal["llama", "qwen2", "qwen3"]
 
@@ -60,9 +72,7 @@ class ModelConfig:
             "head_dim",
             "max_position_embeddings",
         ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"model config: {name} must be a positive integer, got {value!r}.")
+            check_size(name, getattr(self, name))
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"model config: num_attention_heads ({self.num_attention_heads}) must be a "
@@ -70,6 +80,7 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"model config: head_dim must be even for RoPE, got {self.head_dim}.")
+        _check_rope(self.head_dim, self.rope_theta, self.rope_scaling)
 
     @property
     def qkv_bias(self) -> bool:
@@ -96,34 +107,33 @@ class ModelConfig:
         """
         family = _family(raw)
         _refuse_unsupported(raw, family)
-        hidden, heads = _require(raw, "hidden_size"), _require(raw, "num_attention_heads")
+        hidden, heads = size(raw, "hidden_size"), size(raw, "num_attention_heads")
         head_dim = raw.get("head_dim")
         if head_dim is None:
-            head_dim = 128 if family == "qwen3" else hidden // max(heads, 1)
-        positions = raw.get("max_position_embeddings", _DEFAULT_MAX_POSITIONS[family])
+            head_dim = 128 if family == "qwen3" else hidden // heads
+        positions = size(raw, "max_position_embeddings", _DEFAULT_MAX_POSITIONS[family])
         theta, scaling = _rope(raw, positions)
         kv_heads = raw.get("num_key_value_heads")
-        eos = raw.get("eos_token_id")
         return cls(
             family=family,
-            vocab_size=_require(raw, "vocab_size"),
+            vocab_size=size(raw, "vocab_size"),
             hidden_size=hidden,
-            intermediate_size=_require(raw, "intermediate_size"),
-            num_hidden_layers=_require(raw, "num_hidden_layers"),
+            intermediate_size=size(raw, "intermediate_size"),
+            num_hidden_layers=size(raw, "num_hidden_layers"),
             num_attention_heads=heads,
             num_key_value_heads=heads if kv_heads is None else kv_heads,
             head_dim=head_dim,
             max_position_embeddings=positions,
-            rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
+            rms_norm_eps=positive(raw, "rms_norm_eps", 1e-6),
             rope_theta=theta,
             rope_scaling=scaling,
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            attention_bias=family != "qwen2" and bool(raw.get("attention_bias", False)),
-            mlp_bias=family == "llama" and bool(raw.get("mlp_bias", False)),
-            initializer_range=_number(raw, "initializer_range", 0.02),
-            bos_token_id=raw.get("bos_token_id"),
-            eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
-            pad_token_id=raw.get("pad_token_id"),
+            tie_word_embeddings=flag(raw, "tie_word_embeddings"),
+            attention_bias=family != "qwen2" and flag(raw, "attention_bias"),
+            mlp_bias=family == "llama" and flag(raw, "mlp_bias"),
+            initializer_range=positive(raw, "initializer_range", 0.02, or_zero=True),
+            bos_token_id=token_id(raw, "bos_token_id"),
+            eos_token_id=end_token_ids(raw),
+            pad_token_id=token_id(raw, "pad_token_id"),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -169,37 +179,18 @@ class ModelConfig:
         return written
 
 
-def _require(raw: Mapping[str, Any], name: str) -> int:
-    if name not in raw:
-        raise ValueError(f"model config: `{name}` is missing from config.json.")
-    value = raw[name]
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"model config: {name} must be a positive integer, got {value!r}.")
-    return value
-
-
-def _number(raw: Mapping[str, Any], name: str, default: float | None = None) -> float:
-    value = raw.get(name)
-    if value is None and default is not None:
-        return default
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ValueError(f"model config: {name} must be a number, got {value!r}.")
-    return float(value)
-
-
 def _family(raw: Mapping[str, Any]) -> Family:
-    architectures = raw.get("architectures") or []
-    model_type = raw.get("model_type")
+    architectures, model_type = names(raw, "architectures"), raw.get("model_type")
     known = ", ".join(f"{name} ({cls})" for name, cls in ARCHITECTURES.items())
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise ValueError(
-            f"model config: unknown architecture {model_type!r} "
-            f"({', '.join(map(str, architectures)) or 'no `architectures` entry'}); "
+            f"model config: unknown architecture {short(model_type)} "
+            f"({', '.join(architectures) or 'no `architectures` entry'}); "
             f"the known ones are {known}."
         )
     if architectures and ARCHITECTURES[model_type] not in architectures:
         raise ValueError(
-            f"model config: {', '.join(map(str, architectures))} is not a causal language model "
+            f"model config: {', '.join(architectures)} is not a causal language model "
             f"that this project computes; the known ones are {known}."
         )
     return cast(Family, model_type)
@@ -209,22 +200,21 @@ def _refuse_unsupported(raw: Mapping[str, Any], family: str) -> None:
     """Raise for options that would change the result and are not computed here."""
     supported = f"supported are {', '.join(ARCHITECTURES)} models without it"
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise ValueError(f"model config: hidden_act must be silu, got {raw['hidden_act']!r}.")
+        raise ValueError(f"model config: hidden_act must be silu, got {short(raw['hidden_act'])}.")
     if raw.get("quantization_config"):
         raise ValueError(
             f"model config: quantized weights (quantization_config) are not read; {supported}."
         )
-    layer_types = raw.get("layer_types") or []
-    slides = "sliding_attention" in layer_types or (
-        not layer_types
-        and raw.get("use_sliding_window", False)
-        and raw.get("max_window_layers", 28) < raw.get("num_hidden_layers", 0)
-    )
-    if family != "llama" and slides and raw.get("use_sliding_window", False):
-        window = raw.get("sliding_window", 4096)
-        positions = raw.get("max_position_embeddings", _DEFAULT_MAX_POSITIONS[family])
+    layer_types = names(raw, "layer_types")
+    if family != "llama" and flag(raw, "use_sliding_window"):
+        slides = "sliding_attention" in layer_types or (
+            not layer_types
+            and size(raw, "max_window_layers", 28, least=0) < size(raw, "num_hidden_layers")
+        )
+        positions = size(raw, "max_position_embeddings", _DEFAULT_MAX_POSITIONS[family])
+        windowed = slides and raw.get("sliding_window", 4096) is not None
         # A window as long as the longest sequence hides nothing.
-        if window is not None and window < positions:
+        if windowed and (window := size(raw, "sliding_window", 4096)) < positions:
             raise ValueError(
                 f"model config: sliding-window attention (sliding_window = {window}) is not "
                 f"computed; {supported} (set use_sliding_window to false if sequences stay "
@@ -233,7 +223,7 @@ def _refuse_unsupported(raw: Mapping[str, Any], family: str) -> None:
     partial = _rope_options(raw).get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
         raise ValueError(
-            f"model config: partial_rotary_factor = {partial} is not computed; {supported}."
+            f"model config: partial_rotary_factor = {short(partial)} is not computed; {supported}."
         )
 
 
@@ -242,7 +232,8 @@ def _rope_options(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     options = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(options, Mapping) or any(isinstance(v, Mapping) for v in options.values()):
         raise ValueError(
-            f"model config: rope_scaling / rope_parameters must be one flat object, got {options}."
+            f"model config: rope_scaling / rope_parameters must be one flat object, "
+            f"got {short(options)}."
         )
     return options
 
@@ -253,56 +244,73 @@ def _rope(raw: Mapping[str, Any], positions: int) -> tuple[float, RopeScaling]:
     kind = options.get("rope_type", options.get("type", "default"))
     if kind not in ROPE_KINDS:
         raise ValueError(
-            f"model config: rope type {kind!r} is unknown; the known ones are "
+            f"model config: rope type {short(kind)} is unknown; the known ones are "
             f"{', '.join(ROPE_KINDS)}."
         )
-    theta = _number(options, "rope_theta", _number(raw, "rope_theta", 10_000.0))
+    theta = positive(options, "rope_theta", positive(raw, "rope_theta", 10_000.0))
     if kind == "default":
         return theta, RopeScaling()
     original = raw.get("original_max_position_embeddings") or options.get(
         "original_max_position_embeddings", positions
     )
-    if not isinstance(original, int) or original < 1:
-        raise ValueError(
-            f"model config: original_max_position_embeddings must be a positive integer, "
-            f"got {original!r}."
-        )
+    check_size("original_max_position_embeddings", original)
     if kind == "yarn":
-        factor = _number(options, "factor", positions / original)
+        factor = positive(options, "factor", positions / original)
         return theta, RopeScaling(
             kind="yarn",
             factor=factor,
             original_max_position_embeddings=original,
-            beta_fast=_number(options, "beta_fast", 32.0) or 32.0,
-            beta_slow=_number(options, "beta_slow", 1.0) or 1.0,
+            beta_fast=positive(options, "beta_fast", 32.0),
+            beta_slow=positive(options, "beta_slow", 1.0),
             attention_factor=_yarn_attention_factor(options, factor),
-            truncate=bool(options.get("truncate", True)),
+            truncate=flag(options, "truncate", default=True),
         )
-    factor = _number(options, "factor")
+    factor = positive(options, "factor")
     if kind == "llama3":
+        low, high = positive(options, "low_freq_factor"), positive(options, "high_freq_factor")
+        if low >= high:
+            raise ValueError(
+                f"model config: high_freq_factor must be above low_freq_factor ({low}), got {high}."
+            )
         return theta, RopeScaling(
             kind="llama3",
             factor=factor,
             original_max_position_embeddings=original,
-            low_freq_factor=_number(options, "low_freq_factor"),
-            high_freq_factor=_number(options, "high_freq_factor"),
+            low_freq_factor=low,
+            high_freq_factor=high,
         )
     return theta, RopeScaling(kind=cast(RopeKind, kind), factor=factor)
 
 
 def _yarn_attention_factor(options: Mapping[str, Any], factor: float) -> float:
     """Yarn warms attention up: cos and sin are multiplied by this (its paper's sqrt(1/t))."""
-    given = options.get("attention_factor")
-    if given is not None:
-        return float(given)
+    if options.get("attention_factor") is not None:
+        return positive(options, "attention_factor")
 
     def temper(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    over, under = options.get("mscale"), options.get("mscale_all_dim")
+    over, under = (
+        positive(options, name, 0.0, or_zero=True) for name in ("mscale", "mscale_all_dim")
+    )
     if over and under:
         return temper(over) / temper(under)
     return temper(1.0)
+
+
+def _check_rope(head_dim: int, theta: float, scaling: RopeScaling) -> None:
+    """Raise for values that are possible one by one and overflow together: all would be NaN."""
+    try:
+        with torch.device("cpu"):  # whatever the caller builds models on
+            frequencies = inverse_frequencies(head_dim, theta, scaling)
+        finite = bool(frequencies.isfinite().all()) and math.isfinite(scaling.attention_factor)
+    except (ArithmeticError, ValueError):  # yarn's logarithms
+        finite = False
+    if not finite:
+        raise ValueError(
+            f"model config: rope_theta = {theta} with rope_scaling = {_scaling_to_dict(scaling)} "
+            f"gives frequencies that are not finite; take both from the model's own config.json."
+        )
 
 
 def _scaling_to_dict(scaling: RopeScaling) -> dict[str, Any] | None:

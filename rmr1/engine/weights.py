@@ -7,13 +7,13 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rmr1.engine.config_json import read_json
 from rmr1.engine.model import CausalLM, ModelConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -77,21 +77,11 @@ def read_config(directory: str | Path) -> ModelConfig:
     file = directory / "config.json"
     if not file.is_file():
         raise ValueError(f"{directory} is not a model directory: it has no config.json.")
-    raw = _read_json(file)
+    raw = read_json(file)
     try:
         return ModelConfig.from_dict(raw)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
-        raise ValueError(f"{file} is not valid JSON: {error}.") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{file} must hold a JSON object, got {type(raw).__name__}.")
-    return raw
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -108,7 +98,7 @@ def _weight_files(directory: Path) -> list[Path]:
         raise ValueError(
             f"{directory} has no weights: expected {SINGLE_FILE} or {INDEX_FILE} with its shards."
         )
-    places = _read_json(index).get("weight_map")
+    places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise ValueError(f"{index} is not a shard index: it has no `weight_map`.")
     names = sorted({str(name) for name in places.values()})
