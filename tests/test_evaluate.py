@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -112,10 +112,12 @@ def test_difference_is_taken_pair_by_pair() -> None:
 class FakeTokenizer:
     """One token a character."""
 
+    added_tokens_decoder: ClassVar[dict[int, Any]] = {}
+
     def apply_chat_template(self, messages: list[dict], **_options: Any) -> str:
         return "\n".join(message["content"] for message in messages)
 
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+    def __call__(self, text: str, **_options: Any) -> dict[str, list[int]]:
         return {"input_ids": [ord(letter) for letter in text]}
 
 

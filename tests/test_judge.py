@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -20,10 +20,14 @@ CHAT = "<type>Chat</type><rubric>1. x (100%)<justify>y</justify></rubric><eval>z
 class FakeTokenizer:
     """One token a character; the chat template is the contents, one under the other."""
 
+    added_tokens_decoder: ClassVar[dict[int, Any]] = {}
+
     def apply_chat_template(self, messages: list[dict], **_options: Any) -> str:
         return "\n".join(message["content"] for message in messages)
 
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+    def __call__(
+        self, text: str, add_special_tokens: bool = True, **_options: Any
+    ) -> dict[str, list[int]]:
         assert not add_special_tokens  # the template has written them: no second BOS
         return {"input_ids": [ord(letter) for letter in text]}
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pickle
+import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -423,3 +425,49 @@ def test_reference_is_linear_too(name: str) -> None:
     text = GARBAGE[name][:-20:100] if set(GARBAGE[name]) <= {"<"} else GARBAGE[name][: MEGA // 50]
     assert seconds(reference_parse, text) < 1
     assert parse_verdict(text) == reference_parse(text)
+
+
+def test_a_batch_releases_the_lock() -> None:
+    """Another thread of Python never stands still for as long as a batch is parsed."""
+    texts = [CHAT * 2000] * 400
+    longest, stop = [0.0], threading.Event()
+
+    def run_on() -> None:
+        last = time.perf_counter()
+        while not stop.is_set():
+            now = time.perf_counter()
+            longest[0], last = max(longest[0], now - last), now
+
+    thread = threading.Thread(target=run_on)
+    thread.start()
+    began = time.perf_counter()
+    try:
+        parse_verdicts(texts, 1)
+        lasted = time.perf_counter() - began
+    finally:
+        stop.set()
+        thread.join()
+    assert lasted > 0.1  # else the scheduler's own pauses would say nothing
+    assert longest[0] < lasted / 2
+
+
+def test_threads_share_the_work() -> None:
+    """Threads of the process grow while a batch is parsed with four of them, and not with one."""
+
+    def most_threads(threads: int) -> int:
+        most, stop = [0], threading.Event()
+
+        def watch() -> None:
+            while not stop.is_set():
+                most[0] = max(most[0], len(list(Path("/proc/self/task").iterdir())))
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            parse_verdicts([CHAT * 2000] * 40, threads)
+        finally:
+            stop.set()
+            watcher.join()
+        return most[0]
+
+    assert most_threads(4) >= most_threads(1) + 2
