@@ -30,8 +30,10 @@ extension = Extension(
         "-fvisibility=hidden",
         "-fno-strict-aliasing",
         "-Wall",
+        "-Wno-psabi",  # vectors are passed between inlined functions only
+        "-fopenmp",
     ],
-    extra_link_args=["-pthread"],
+    extra_link_args=["-pthread", "-fopenmp"],
     language="c++",
 )
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Literal, NamedTuple, final
 
+from torch import Tensor
+
 class FormatError(IntEnum):
     OK = 0
     UNCLOSED_THINK = 1
@@ -86,3 +88,36 @@ def parse_verdict(text: str, rule: str, allow_tie: bool) -> Verdict: ...
 def parse_verdicts(
     texts: tuple[str, ...], threads: int, rule: str, allow_tie: bool
 ) -> list[Verdict]: ...
+
+# --- CPU kernels. Arrays are CPU tensors, float32 and contiguous unless said otherwise. ------------
+
+def isa() -> Literal["baseline", "avx2", "avx512"]:
+    """The instruction set that the kernels use."""
+
+def force_isa(name: str) -> bool:
+    """For tests: use this instruction set, or the "best" one. False if the machine lacks it."""
+
+def logit_stats(
+    z: Tensor,
+    first: int,
+    targets: Tensor,
+    peak: Tensor,
+    sum: Tensor,
+    dot: Tensor | None,
+    target: Tensor,
+    threads: int,
+) -> None:
+    """Add a tile of logits [R, C] (rows at any stride) to running statistics; csrc/token_logprob.h."""
+
+def logit_gradient(
+    z: Tensor,
+    first: int,
+    targets: Tensor,
+    peak: Tensor,
+    log_sum: Tensor,
+    entropy: Tensor | None,
+    on_logprob: Tensor | None,
+    on_entropy: Tensor | None,
+    threads: int,
+) -> None:
+    """Overwrite a tile of logits [R, C] with the gradient of the loss; csrc/token_logprob.h."""

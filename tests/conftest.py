@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ from rmr1.config import RlvrConfig, SftConfig
 from rmr1.data import Pair, write_pairs
 from rmr1.engine.model import CausalLM, ModelConfig
 from rmr1.engine.weights import save_model
+
+# Read when a kernel is defined, which is when its op first runs. With a GPU the kernels run there.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 SPECIAL = ("<|unk|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 # One token each, in a vocabulary this small: a random model gives both verdicts now and then.

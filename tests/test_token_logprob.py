@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 
-from rmr1.kernels import token_logprob
-from rmr1.kernels.token_logprob import token_logprobs
+from rmr1 import _C
+from rmr1.kernels import token_logprob_cpu
+from rmr1.kernels.dispatch import use
+from rmr1.kernels.token_logprob import reference, token_logprobs
 
 
 def plain(
@@ -31,31 +35,82 @@ def case(
 
 
 @pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Force several chunks and several sweeps in each, with remainders."""
-    monkeypatch.setattr(token_logprob, "CHUNK_BYTES", 7 * 37 * 8)
-    monkeypatch.setattr(token_logprob, "SWEEP_BYTES", 3 * 37 * 8)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Force several tiles both ways, with remainders."""
+    monkeypatch.setattr(token_logprob_cpu, "ROWS", 7)
+    monkeypatch.setattr(token_logprob_cpu, "COLUMNS", 19)
 
 
-@pytest.mark.usefixtures("small_chunks")
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set that this machine has."""
+    if not _C.force_isa(request.param):
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    _C.force_isa("best")
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
-@pytest.mark.parametrize("rows", [1, 2, 7, 17])
-def test_gradcheck(rows: int, temperature: float) -> None:
-    x, w, y = case(rows, 5, 37)
+def test_gradcheck_of_the_reference(temperature: float) -> None:
+    x, w, y = case(7, 5, 37)
 
     def both(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         return token_logprobs(x, w, y, temperature=temperature, return_entropy=True)
 
-    def one(x: Tensor, w: Tensor) -> Tensor:
-        return token_logprobs(x, w, y, temperature=temperature)
-
     assert torch.autograd.gradcheck(both, (x, w))
-    assert torch.autograd.gradcheck(one, (x, w))
+    for mine, truth in zip(both(x, w), plain(x, w, y, temperature), strict=True):
+        assert torch.allclose(mine, truth)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
+@pytest.mark.parametrize("rows", [1, 2, 7, 17])
+def test_tiles_equal_the_whole(rows: int, temperature: float, isa: str) -> None:
+    x, w, y = case(rows, 5, 37, torch.float32)
+    g, ge = torch.randn(rows), torch.randn(rows)
+    for entropy_too in (True, False):
+
+        def run(native: bool, entropy_too: bool = entropy_too) -> tuple[Tensor, ...]:
+            if native:
+                logprobs = token_logprobs(x, w, y, temperature=temperature)
+                entropy = token_logprobs(x, w, y, temperature=temperature, return_entropy=True)[1]
+            else:
+                logprobs, entropy = reference(x.double(), w.double(), y, temperature)
+            loss = (logprobs * g).sum() + (entropy * ge).sum() * entropy_too
+            return logprobs, entropy, *torch.autograd.grad(loss, (x, w))
+
+        for mine, truth in zip(run(True), run(False), strict=True):
+            assert (mine - truth).abs().max() < 3e-6 * truth.abs().max() + 1e-6
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_a_forced_backend_runs(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    monkeypatch.setattr(
+        token_logprob_cpu, "forward", lambda *a: called.append("native") or real(*a)
+    )
+    x, w, y = case(3, 4, 5, torch.float32)
+    with use(backend):  # type: ignore[arg-type]
+        token_logprobs(x, w, y)
+    assert called == (["native"] if backend == "native" else [])
+
+
+real = token_logprob_cpu.forward
 
 
 @pytest.mark.parametrize("words", [1, 2, 17, 151, 1025, 2000])
 @pytest.mark.parametrize("rows", [1, 17, 300])
-def test_fp32_forward_and_backward_are_as_exact_as_torch(rows: int, words: int) -> None:
+def test_fp32_forward_and_backward_are_as_exact_as_torch(rows: int, words: int, isa: str) -> None:
+    assert_as_exact_as_torch(rows, words)
+
+
+@pytest.mark.parametrize(("rows", "words"), [(1, 1), (1, 17), (17, 151), (33, 1025), (70, 129)])
+def test_triton_is_as_exact_as_torch(rows: int, words: int) -> None:
+    with use("triton"):
+        assert_as_exact_as_torch(rows, words)
+
+
+def assert_as_exact_as_torch(rows: int, words: int) -> None:
     x, w, y = case(rows, 33, words, torch.float32)
     g, ge = torch.randn(rows), torch.randn(rows)
 
@@ -76,14 +131,15 @@ def test_fp32_forward_and_backward_are_as_exact_as_torch(rows: int, words: int) 
         ["logp", "entropy", "dx", "dw"], exact, ours, torchs, strict=True
     ):
         error, yardstick = (mine - truth).abs().max(), (theirs - truth).abs().max()
-        assert error <= 2 * yardstick + 2e-6 * truth.abs().max(), name
+        # 2e-7: the rounding of terms of size 1 that cancel where a distribution is all but certain.
+        assert error <= 2 * yardstick + 2e-6 * truth.abs().max() + 2e-7, name
         assert words < 17 or truth.abs().max() > 1e-3, name  # not a parity of zeros
 
 
 def test_the_two_signatures_agree_and_are_fp32() -> None:
     x, w, y = case(40, 16, 100, torch.float32)
     logprobs, entropy = token_logprobs(x, w, y, return_entropy=True)
-    assert torch.equal(logprobs, token_logprobs(x, w, y))
+    assert torch.allclose(logprobs, token_logprobs(x, w, y), atol=1e-6)
     assert logprobs.dtype == entropy.dtype == torch.float32
     assert logprobs.shape == entropy.shape == (40,)
 
@@ -112,35 +168,35 @@ def test_never_above_zero_with_a_ragged_vocabulary() -> None:
     assert (token_logprobs(x, w, y) <= 0).all()
 
 
-@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.usefixtures("small_tiles")
 def test_rows_without_gradient_are_skipped_and_change_nothing() -> None:
-    x, w, y = case(30, 5, 37)
-    g = torch.randn(30, dtype=torch.float64)
+    x, w, y = case(30, 5, 37, torch.float32)
+    g = torch.randn(30)
     g[torch.arange(30) % 3 != 0] = 0.0
     mine = torch.autograd.grad((token_logprobs(x, w, y) * g).sum(), (x, w))
     truth = torch.autograd.grad((plain(x, w, y, 1.0)[0] * g).sum(), (x, w))
     for a, b in zip(mine, truth, strict=True):
-        assert torch.allclose(a, b, atol=1e-12)
+        assert torch.allclose(a, b, atol=1e-5)
     zero = torch.autograd.grad((token_logprobs(x, w, y) * 0.0).sum(), (x, w))
     assert all((part == 0).all() for part in zero)
 
 
 def test_only_the_asked_gradients() -> None:
-    x, w, y = case(9, 4, 11)
+    x, w, y = case(9, 4, 11, torch.float32)
     (dx,) = torch.autograd.grad(token_logprobs(x, w.detach(), y).sum(), (x,))
     (dw,) = torch.autograd.grad(token_logprobs(x.detach(), w, y).sum(), (w,))
     truth = torch.autograd.grad(plain(x, w, y, 1.0)[0].sum(), (x, w))
-    assert torch.allclose(dx, truth[0])
-    assert torch.allclose(dw, truth[1])
+    assert torch.allclose(dx, truth[0], atol=1e-5)
+    assert torch.allclose(dw, truth[1], atol=1e-5)
     assert not token_logprobs(x.detach(), w.detach(), y).requires_grad
 
 
 def test_gradient_of_the_entropy_alone() -> None:
-    x, w, y = case(9, 4, 11)
+    x, w, y = case(9, 4, 11, torch.float32)
     mine = torch.autograd.grad(token_logprobs(x, w, y, return_entropy=True)[1].sum(), (x, w))
     truth = torch.autograd.grad(plain(x, w, y, 1.0)[1].sum(), (x, w))
-    assert torch.allclose(mine[0], truth[0])
-    assert torch.allclose(mine[1], truth[1])
+    assert torch.allclose(mine[0], truth[0], atol=1e-5)
+    assert torch.allclose(mine[1], truth[1], atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -154,8 +210,8 @@ def test_16_bit_inputs_get_fp32_logits(dtype: torch.dtype) -> None:
 
 
 def test_weight_gradient_of_bf16_is_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Summed chunk by chunk in bf16, 4,000 equal rows would stop growing at 256 of them."""
-    monkeypatch.setattr(token_logprob, "CHUNK_BYTES", 4 * 4)
+    """Summed tile by tile in bf16, 4,000 equal rows would stop growing at 256 of them."""
+    monkeypatch.setattr(token_logprob_cpu, "ROWS", 4)
     x = torch.ones(4000, 1, dtype=torch.bfloat16)
     w = torch.zeros(4, 1, dtype=torch.bfloat16, requires_grad=True)
     token_logprobs(x, w, torch.zeros(4000, dtype=torch.int64)).sum().backward()
@@ -178,13 +234,13 @@ def test_no_rows() -> None:
 
 
 def test_strided_inputs_and_untouched_arguments() -> None:
-    x, w, y = case(12, 6, 10)
-    wide = torch.randn(12, 2, 6, dtype=torch.float64)
+    x, w, y = case(12, 6, 10, torch.float32)
+    wide = torch.randn(12, 2, 6)
     wide[:, 0] = x.detach()
     head = w.detach().T.contiguous().T  # [V, H], column-major
     before = wide.clone(), head.clone()
     assert torch.allclose(
-        token_logprobs(wide[:, 0], head, y, temperature=0.5), plain(x, w, y, 0.5)[0]
+        token_logprobs(wide[:, 0], head, y, temperature=0.5), plain(x, w, y, 0.5)[0], atol=1e-5
     )
     assert torch.equal(wide, before[0])
     assert torch.equal(head, before[1])
@@ -204,11 +260,17 @@ def test_no_tensor_of_all_logits_lives() -> None:
             return out
 
     x, w, y = case(3000, 4, 10_000, torch.float32)
-    with Largest():
-        logprobs, entropy = token_logprobs(x, w, y, return_entropy=True)
-        (logprobs.sum() + entropy.sum()).backward()
-    assert token_logprob.CHUNK_BYTES // 2 < Largest.bytes <= token_logprob.CHUNK_BYTES
-    assert 2 * Largest.bytes < 4 * 3000 * 10_000
+    g = torch.ones(3000)
+    # Called directly: a mode does not see into a custom op.
+    with torch.no_grad(), Largest():
+        _, entropy, peak, log_sum = token_logprob_cpu.forward(x, w, y, 1.0, True)
+        token_logprob_cpu.backward(
+            x, w, y, (peak, log_sum, entropy), (g, g), torch.arange(3000),
+            temperature=1.0, need_hidden=True, need_weight=True,
+        )  # fmt: skip
+    tile = 4 * token_logprob_cpu.ROWS * token_logprob_cpu.COLUMNS
+    assert Largest.bytes == tile
+    assert 50 * tile < 4 * 3000 * 10_000
 
 
 @pytest.mark.parametrize(
@@ -221,6 +283,9 @@ def test_no_tensor_of_all_logits_lives() -> None:
         ({"targets": torch.tensor([0, 7, 1])}, r"\[0, 7\), got values from 0 to 7"),
         ({"targets": torch.tensor([0, -100, 1])}, r"from -100 to 1"),
         ({"weight": torch.zeros(7, 4, dtype=torch.bfloat16)}, r"one floating dtype"),
+        ({"hidden": torch.full((3, 4), torch.nan)}, r"finite, got NaN or inf in 3 of its rows"),
+        ({"hidden": torch.tensor([[1.0] * 4, [torch.inf] * 4, [2.0] * 4])}, r"in 1 of its rows"),
+        ({"temperature": -1.0}, r"temperature must be above 0, got -1.0"),
         ({"temperature": 0.0}, r"temperature must be above 0, got 0.0"),
         ({"temperature": float("inf")}, r"temperature"),
         ({"temperature": float("nan")}, r"temperature"),

@@ -4,28 +4,37 @@ With z = hidden @ weight.T / temperature, m = max z and s = sum exp(z - m):
 
     logp = (z[target] - m) - log s        entropy = log s - sum exp(z - m) (z - m) / s
 
-in fp32. No [T, V] tensor lives: the forward keeps m and log s of each row, the backward makes the
-logits again, a chunk of rows at a time. (z_t - m) - log s and not z_t - logsumexp(z): the latter
-loses the small digits when all logits share a large offset.
+in fp32. (z_t - m) - log s and not z_t - logsumexp(z): the latter loses the small digits when all
+logits share a large offset. No [T, V] tensor lives: the forward keeps m and log s of each row, the
+backward makes the logits again, tile by tile. `rmr1/kernels/token_loss.py` saves that second
+making where the loss allows it.
 
-Shapes: T tokens, H hidden size, V words, C rows of a chunk. Idea: Cut Cross-Entropy (arXiv
-2411.09009); chunked over rows instead of tiled, since on a CPU one wants whole GEMMs.
+Shapes: T tokens, H hidden size, V words. Source: Cut Cross-Entropy (arXiv 2411.09009).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from types import ModuleType
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.library import custom_op
 
-# Logits of one GEMM: large enough for the GEMM to run at full speed, small enough not to matter.
-CHUNK_BYTES = 48 * 1024**2
-# Logits of one element-wise sweep: stays in the cache between the passes over it.
-SWEEP_BYTES = 2 * 1024**2
+from rmr1.kernels import token_logprob_cpu
+from rmr1.kernels.dispatch import choose
+
+
+def reference(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The op in plain torch: log-probability and entropy, [T] each, in fp32 (fp64 for fp64)."""
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    z = hidden.to(wide) @ weight.to(wide).T / temperature  # [T, V]
+    logp = z.log_softmax(dim=1)
+    entropy = -(logp.exp() * logp.clamp(min=-1e4)).sum(dim=1)  # 0 * -inf would be NaN
+    return logp.gather(1, targets[:, None]).squeeze(1), entropy
 
 
 @overload
@@ -69,149 +78,206 @@ def token_logprobs(
 
     Returns:
         [T] fp32, or that and the entropy [T] fp32. Both are differentiable once, in hidden and
-        weight; the gradient of weight is summed in fp32 and rounded to its dtype at the end.
+        weight; the gradients are summed in fp32 and rounded to their dtype at the end. Rows whose
+        gradient is zero cost nothing in the backward.
 
     Raises:
-        ValueError: shapes, dtypes, a target or a temperature that cannot be meant.
+        ValueError: shapes, dtypes, devices, a target or a temperature that cannot be meant, or
+            hidden states that are not finite.
     """
-    _check(hidden, weight, targets, temperature)
-    logprobs, entropy = _TokenLogprobs.apply(hidden, weight, targets, temperature, return_entropy)
+    hidden, weight = _autocast(hidden), _autocast(weight)
+    check_shapes("token_logprobs", hidden, weight, targets, temperature)
+    backend = choose("token_logprobs", hidden, native=hidden.dtype != torch.float64)
+    if backend == "reference":
+        check_values("token_logprobs", hidden, weight, targets)
+        logprobs, entropy = reference(hidden, weight, targets, temperature)
+    else:
+        logprobs, entropy, _, _ = _forward(
+            hidden, weight, targets, temperature, return_entropy, backend
+        )
     return (logprobs, entropy) if return_entropy else logprobs
 
 
-def _check(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> None:
+def _autocast(x: Tensor) -> Tensor:
+    """What autocast would do to an input of a linear layer."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+def check_shapes(
+    op: str, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
+) -> None:
+    """Refuse what cannot be meant, as far as it shows without a look at the values."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
-            f"token_logprobs: hidden must be [T, H] and weight [V, H] with one H, "
+            f"{op}: hidden must be [T, H] and weight [V, H] with one H, "
             f"got {list(hidden.shape)} and {list(weight.shape)}."
         )
     if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
         raise ValueError(
-            f"token_logprobs: targets must be [T] int64 with T = {hidden.shape[0]}, "
+            f"{op}: targets must be [T] int64 with T = {hidden.shape[0]}, "
             f"got {list(targets.shape)} {targets.dtype}."
         )
     if hidden.dtype != weight.dtype or not hidden.is_floating_point():
         raise ValueError(
-            f"token_logprobs: hidden and weight must share one floating dtype, "
+            f"{op}: hidden and weight must share one floating dtype, "
             f"got {hidden.dtype} and {weight.dtype}."
         )
     if not (hidden.device == weight.device == targets.device):
         raise ValueError(
-            f"token_logprobs: hidden, weight and targets must be on one device, "
+            f"{op}: hidden, weight and targets must be on one device, "
             f"got {hidden.device}, {weight.device} and {targets.device}."
         )
     if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"token_logprobs: temperature must be above 0, got {temperature}.")
-    # On an accelerator this check would wait for the queue; its gather reports the fault itself.
-    if targets.numel() and targets.device.type == "cpu":
-        low, high = torch.aminmax(targets)
-        if int(low) < 0 or int(high) >= weight.shape[0]:
-            raise ValueError(
-                f"token_logprobs: targets must be in [0, {weight.shape[0]}), got values from "
-                f"{int(low)} to {int(high)}; select the rows to score before the call."
-            )
+        raise ValueError(f"{op}: temperature must be above 0, got {temperature}.")
 
 
-class _TokenLogprobs(torch.autograd.Function):
-    """The op of this file. The backward takes the gradients of both outputs."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        temperature: float,
-        with_entropy: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        x, w = _wide(hidden), _wide(weight)
-        rows = x.shape[0]
-        logprobs, peak, log_sum = (x.new_empty(rows) for _ in range(3))
-        entropy = x.new_empty(rows) if with_entropy else None
-        for chunk, z in _logit_chunks(x, w, temperature):
-            for part, zs in _sweeps(chunk, z):
-                peak[part] = top = zs.amax(dim=1)  # [C]
-                zs.sub_(top[:, None])
-                target = zs.gather(1, targets[part, None]).squeeze(1)
-                if entropy is None:
-                    log_sum[part] = zs.exp_().sum(dim=1).log_()
-                else:
-                    p = zs.exp()
-                    total = p.sum(dim=1)
-                    log_sum[part] = total.log()
-                    entropy[part] = log_sum[part] - p.mul_(zs).sum(dim=1) / total
-                logprobs[part] = target - log_sum[part]
-        ctx.save_for_backward(hidden, weight, targets, peak, log_sum, entropy)
-        ctx.temperature = temperature
-        ctx.set_materialize_grads(False)
-        return logprobs, entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        if grad_logprobs is None and grad_entropy is None:
-            return None, None, None, None, None
-        hidden, weight, targets, peak, log_sum, entropy = ctx.saved_tensors
-        # Rows without a gradient (masked, or of zero advantage) need none of the three GEMMs.
-        live = torch.zeros_like(targets, dtype=torch.bool)
-        for grad in (grad_logprobs, grad_entropy):
-            if grad is not None:
-                live |= grad != 0
-        rows = live.nonzero().squeeze(1)  # [R]
-        x, w = _wide(hidden).index_select(0, rows), _wide(weight)
-        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None  # [R, H]
-        grad_w = torch.zeros_like(w) if ctx.needs_input_grad[1] else None  # [V, H]
-        # z holds logits / temperature, so d loss / d logits carries a factor 1 / temperature.
-        on_target, on_entropy = (
-            None if grad is None else grad[rows, None] / ctx.temperature
-            for grad in (grad_logprobs, grad_entropy)
-        )  # [R, 1] each
-        spread = None if entropy is None else (entropy - log_sum)[rows, None]
-        peak, words, total = peak[rows, None], targets[rows, None], log_sum[rows, None].exp()
-        for chunk, z in _logit_chunks(x, w, ctx.temperature):
-            for part, zs in _sweeps(chunk, z):
-                zs.sub_(peak[part])
-                if on_entropy is None:
-                    assert on_target is not None  # rows without any gradient were dropped
-                    zs.exp_().mul_(-on_target[part] / total[part])
-                else:
-                    assert spread is not None  # a gradient of the entropy comes from an entropy
-                    p = zs.exp().div_(total[part])
-                    zs.add_(spread[part]).mul_(-on_entropy[part])
-                    if on_target is not None:
-                        zs.sub_(on_target[part])
-                    zs.mul_(p)
-                if on_target is not None:
-                    zs.scatter_add_(1, words[part], on_target[part])
-            if grad_x is not None:
-                torch.mm(z, w, out=grad_x[chunk])
-            if grad_w is not None:
-                grad_w.addmm_(z.T, x[chunk])
-        if grad_x is not None:
-            grad_x = hidden.new_zeros(hidden.shape).index_copy_(0, rows, grad_x.to(hidden.dtype))
-        return grad_x, None if grad_w is None else grad_w.to(weight.dtype), None, None, None
+def check_values(op: str, hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
+    """Refuse targets out of range and hidden states that are not finite; one wait for the GPU."""
+    if not targets.numel():
+        return
+    low, high = torch.aminmax(targets)
+    # NaN survives a maximum, and a bare sum of large finite states could overflow.
+    largest = hidden.detach().abs().amax()
+    low, high, largest = torch.stack([low.double(), high.double(), largest.double()]).tolist()
+    if low < 0 or high >= weight.shape[0]:
+        raise ValueError(
+            f"{op}: targets must be in [0, {weight.shape[0]}), got values from "
+            f"{int(low)} to {int(high)}; select the rows to score before the call."
+        )
+    if not math.isfinite(largest):
+        bad = int((~torch.isfinite(hidden)).any(dim=1).sum())
+        raise ValueError(f"{op}: hidden must be finite, got NaN or inf in {bad} of its rows.")
 
 
-def _wide(x: Tensor) -> Tensor:
-    """Return x in the dtype of the arithmetic: fp32, or fp64 for fp64 input."""
-    return x if x.dtype == torch.float64 else x.float()
+@custom_op("rmr1::token_logprob", mutates_args=())
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    with_entropy: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logprobs, entropy (empty unless wanted), and what the backward needs: peak, log_sum."""
+    check_values("token_logprobs", hidden, weight, targets)
+    kernels = _kernels(backend)
+    return kernels.forward(hidden, weight, targets, temperature, with_entropy)
 
 
-def _logit_chunks(x: Tensor, w: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (rows, logits [C, V]) over all of x [T, H]; the buffer is overwritten by the next."""
-    size = max(1, CHUNK_BYTES // (w.shape[0] * w.element_size()))
-    buffer = x.new_empty(min(size, x.shape[0]), w.shape[0])
-    for start in range(0, x.shape[0], size):
-        chunk = slice(start, min(start + size, x.shape[0]))
-        rows = x[chunk] if temperature == 1.0 else x[chunk] / temperature
-        yield chunk, torch.mm(rows, w.T, out=buffer[: chunk.stop - chunk.start])
+@_forward.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    with_entropy: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = hidden.shape[0]
+    sizes = (rows, rows if with_entropy else 0, rows, rows)
+    logprobs, entropy, peak, log_sum = (
+        hidden.new_empty(size, dtype=torch.float32) for size in sizes
+    )
+    return logprobs, entropy, peak, log_sum
 
 
-def _sweeps(chunk: slice, z: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Cut a chunk into runs of rows that fit in the cache: (rows of the input, their logits)."""
-    size = max(1, SWEEP_BYTES // (z.shape[1] * z.element_size()))
-    for start in range(0, z.shape[0], size):
-        stop = min(start + size, z.shape[0])
-        yield slice(chunk.start + start, chunk.start + stop), z[start:stop]
+@custom_op("rmr1::token_logprob_backward", mutates_args=())
+def _backward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    peak: Tensor,
+    log_sum: Tensor,
+    entropy: Tensor,
+    on_logprob: Tensor | None,
+    on_entropy: Tensor | None,
+    temperature: float,
+    need_hidden: bool,
+    need_weight: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of hidden and weight, each empty unless needed."""
+    rows = live_rows(on_logprob, on_entropy)
+    return _kernels(backend).backward(
+        hidden,
+        weight,
+        targets,
+        (peak, log_sum, entropy),
+        (on_logprob, on_entropy),
+        rows,
+        temperature=temperature,
+        need_hidden=need_hidden,
+        need_weight=need_weight,
+    )
+
+
+@_backward.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    peak: Tensor,
+    log_sum: Tensor,
+    entropy: Tensor,
+    on_logprob: Tensor | None,
+    on_entropy: Tensor | None,
+    temperature: float,
+    need_hidden: bool,
+    need_weight: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty_like(hidden) if need_hidden else hidden.new_empty(0),
+        torch.empty_like(weight) if need_weight else weight.new_empty(0),
+    )
+
+
+def _kernels(backend: str) -> ModuleType:
+    """Triton is imported when it is needed first: it is there on Linux only."""
+    if backend == "triton":
+        from rmr1.kernels import token_logprob_triton
+
+        return token_logprob_triton
+    return token_logprob_cpu
+
+
+def live_rows(*grads: Tensor | None) -> Tensor:
+    """Indices of the rows with a gradient: masked ones, and those of zero advantage, have none."""
+    live = [grad != 0 for grad in grads if grad is not None]
+    return torch.stack(live).any(dim=0).nonzero().squeeze(1)  # [R]; NaN counts as a gradient
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, targets, ctx.temperature, ctx.with_entropy, ctx.backend = inputs
+    _, entropy, peak, log_sum = output
+    ctx.save_for_backward(hidden, weight, targets, peak, log_sum, entropy)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(
+    ctx: Any, on_logprob: Tensor | None, on_entropy: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
+    if not ctx.with_entropy:
+        on_entropy = None
+    nothing = (None,) * 6
+    if on_logprob is None and on_entropy is None:
+        return nothing
+    need_hidden, need_weight = ctx.needs_input_grad[:2]
+    grad_hidden, grad_weight = _backward(
+        *ctx.saved_tensors,
+        on_logprob,
+        on_entropy,
+        ctx.temperature,
+        need_hidden,
+        need_weight,
+        ctx.backend,
+    )
+    return (
+        grad_hidden if need_hidden else None,
+        grad_weight if need_weight else None,
+        *nothing[2:],
+    )
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
