@@ -6,6 +6,7 @@ our output has gone. Set RMR1_TRACEBACK=1 to see where an error came from.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -88,14 +89,17 @@ def _run(args: list[str]) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("RMR1_TRACEBACK"):
             raise
-        print(f"rmr1: {_sentence(error)}", file=sys.stderr)
+        print(f"rmr1: {_sentence(error, trains=module == 'rmr1.cli_training')}", file=sys.stderr)
         return 2
 
 
-def _sentence(error: ValueError | OSError) -> str:
+def _sentence(error: ValueError | OSError, *, trains: bool) -> str:
+    """The error in one sentence; a verb that `trains` has checkpoints to go on from."""
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
-        hint = "; free some space, the last checkpoint is whole" if error.errno == 28 else ""
+        hint = ""
+        if error.errno == errno.ENOSPC:
+            hint = "; free some space" + (", the last checkpoint is whole" if trains else "")
         return f"{where}{error.strerror}{hint}"
     return " ".join(str(error).split())
 

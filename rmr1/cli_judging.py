@@ -6,11 +6,12 @@ What needs torch is imported where a verb runs, so that `--help` answers at once
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import CliPositionalArg
 from rich.console import Console
 from rich.table import Table
@@ -25,6 +26,7 @@ from rmr1.terminal import interval, percent, phase
 
 if TYPE_CHECKING:
     from rmr1.engine.generator import Generator
+    from rmr1.judge import Judgment
 
 
 class _Model(Verb):
@@ -104,7 +106,7 @@ class Eval(_Model):
                 both_orders=self.both_orders,
                 max_new_tokens=longest,
                 max_prompt_tokens=room,
-                progress=bar.reach,
+                progress=bar.count,
             )
         if self.json_output:
             print(json.dumps(done.to_json()))
@@ -135,15 +137,17 @@ class Eval(_Model):
                 style=self.prompt_style,
                 sampling=sampling,
                 max_prompt_tokens=room,
-                progress=bar.reach,
+                progress=bar.count,
             )
-        if self.output:
-            rows = [json.dumps(asdict(one), ensure_ascii=False) for one in found.judgments]
-            Path(self.output).write_text("\n".join(rows) + "\n", encoding="utf-8")
-        if self.json_output:
-            print(json.dumps(found.to_json()))
-        else:
-            _print_families(found.to_json())
+        # Both took hours: neither must be lost because the other has nowhere to go.
+        try:
+            if self.json_output:
+                print(json.dumps(found.to_json()), flush=True)
+            else:
+                _print_families(found.to_json())
+        finally:
+            if self.output:
+                _write_judgments(Path(self.output), found.judgments)
         return 0
 
 
@@ -176,6 +180,13 @@ class JudgeOne(_Model):
     answer_b: str = Field(description="the second answer")
     votes: int = Field(1, ge=1, description="samples whose majority wins")
     swap: bool = Field(False, description="judge with the answers exchanged as well")
+
+    @field_validator("prompt", "answer_a", "answer_b", mode="before")
+    @classmethod
+    def _a_text_is_always_set(cls, value: Any) -> Any:
+        # The parser makes None of `unset` (rmr1/cli_arguments.py), which is a text like any other
+        # here: what is required cannot be reset.
+        return "unset" if value is None else value
 
     def run(self) -> int:
         """Judge once and print verdict and judgment."""
@@ -219,9 +230,26 @@ class Logprobs(Verb):
 
         model = load_model(resolve_model(self.model), dtype=self.dtype)
         with phase("Log-probabilities", 1, "lines") as bar:
-            lines = write_logprobs(model, self.input, self.output, progress=bar.reach)
+            lines = write_logprobs(model, self.input, self.output, progress=bar.count)
         Console(stderr=True).print(f"{lines} lines written to {self.output}", highlight=False)
         return 0
+
+
+def _write_judgments(path: Path, judgments: Sequence[Judgment]) -> None:
+    """Write the judgments as JSONL. A file that is there is replaced at the end or not at all."""
+    from rmr1.run import write_whole
+
+    text = "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in judgments)
+    try:
+        if path.exists() and not path.is_file():  # a pipe or /dev/stdout: nothing to replace
+            path.write_text(text, encoding="utf-8")
+        else:
+            write_whole(path.resolve(), text)  # a link stays a link
+    except OSError as error:
+        raise ValueError(
+            f"{path}: the judgments could not be written ({error.strerror}); free some space there"
+            " or give another --output (the figures are printed and complete)"
+        ) from error
 
 
 def print_scores(figures: dict[str, Any], prefix: str = "") -> None:

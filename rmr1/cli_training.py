@@ -40,7 +40,7 @@ class Demo(DemoConfig, Verb):
         from rmr1.demo import run_demo
 
         config = DemoConfig.model_validate(self.model_dump(include=set(DemoConfig.model_fields)))
-        rows, report = run_demo(config, partial(phase, quiet=False))
+        rows, report = run_demo(config, phase)
         for stage in ("sft", "rlvr"):
             _tell_dropped(config.directory / stage)
         if rows["base"]["skipped_prompt_too_long"]:
@@ -70,10 +70,13 @@ class Sft(SftConfig, Verb):
     def run(self) -> int:
         """Run or resume stage 1."""
         from rmr1.distill import distill
+        from rmr1.models import resolve_model
 
         config = SftConfig.model_validate(self.model_dump(include=set(SftConfig.model_fields)))
+        resolve_model(config.model)  # an import has a bar of its own: not inside another one
         with _steps("Distil") as bar:
-            model = distill(config, on_step=partial(_follow, bar, ("loss", "grad_norm")))
+            follow = partial(_follow, bar, ("loss", "grad_norm"))
+            model = distill(config, on_start=bar.begin, on_step=follow)
         return _finish(config, str(model))
 
 
@@ -88,11 +91,14 @@ class Rlvr(RlvrConfig, Verb):
 
     def run(self) -> int:
         """Run or resume stage 2."""
+        from rmr1.models import resolve_model
         from rmr1.rlvr import rlvr
 
         config = RlvrConfig.model_validate(self.model_dump(include=set(RlvrConfig.model_fields)))
+        resolve_model(config.model)  # an import has a bar of its own: not inside another one
         with _steps("RL") as bar:
-            model = rlvr(config, on_step=partial(_follow, bar, ("reward", "kl", "entropy")))
+            follow = partial(_follow, bar, ("reward", "kl", "entropy"))
+            model = rlvr(config, on_start=bar.begin, on_step=follow)
         return _finish(config, str(model))
 
 
@@ -109,11 +115,13 @@ def _follow(
 
 def _tell_dropped(run: Path) -> None:
     """Say on stderr how many pairs a training run left out as too long."""
-    *_, (_, last) = read_rows(run / "metrics.jsonl")
-    if last["dropped_prompts"]:
+    path = run / "metrics.jsonl"
+    # A complete run is not made again, though somebody may have emptied its metrics.
+    rows = [row for _, row in read_rows(path)] if path.is_file() else []
+    dropped = rows[-1].get("dropped_prompts", 0) if rows else 0
+    if dropped:
         print(
-            f"{run.name}: {last['dropped_prompts']} pairs were over the token limits and left out",
-            file=sys.stderr,
+            f"{run.name}: {dropped} pairs were over the token limits and left out", file=sys.stderr
         )
 
 

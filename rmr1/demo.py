@@ -8,7 +8,6 @@ A demo that was complete is moved aside before it starts over.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -27,7 +26,7 @@ from rmr1.models import load_tokenizer, resolve_model
 from rmr1.prompts import prompt_hash
 from rmr1.report import write_report
 from rmr1.rlvr import rlvr
-from rmr1.run import refuse_changes, sample_row
+from rmr1.run import refuse_changes, sample_row, write_whole
 from rmr1.tasks.catalog import draw_pairs
 from rmr1.terminal import Phase
 
@@ -44,20 +43,24 @@ def run_demo(config: DemoConfig, show: ShowPhase) -> tuple[dict[str, Any], Path]
     if (directory / "judgments-base.jsonl").is_file():
         refuse_changes(directory, config)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    write_whole(directory / "config.toml", to_toml(config))
     pairs = draw_pairs(config.heldout, seed=config.seed, split="heldout")
 
     first = _evaluate(config, "base", base, pairs, show)
     with show("Distil", 1, "steps") as bar:
-        distilled = distill(sft_config(config), on_step=_follow(bar))
+        distilled = distill(sft_config(config), on_start=bar.begin, on_step=_follow(bar))
     second = _evaluate(config, "distilled", distilled, pairs, show)
     with show("RL", config.rl.steps, "steps") as bar:
-        trained = rlvr(rlvr_config(config, distilled), on_step=_follow(bar))
+        trained = rlvr(rlvr_config(config, distilled), on_start=bar.begin, on_step=_follow(bar))
     third = _evaluate(config, "rl", trained, pairs, show)
 
     rows = _with_gains({"base": first, "distilled": second, "rl": third})
     _gather(config, pairs, {"base": first, "distilled": second, "rl": third})
-    _write_json(directory / "evaluations.json", rows)
+    # The report is the last to be written and so the mark of a complete demo; one that
+    # `rmr1 report` made on the way is not.
+    (directory / "report.html").unlink(missing_ok=True)
+    table = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
+    write_whole(directory / "evaluations.json", table)
     return rows, write_report(directory, command=f"rmr1 demo --name {config.name}")
 
 
@@ -96,7 +99,7 @@ def _evaluate(
                 sampling=sampling,
                 max_prompt_tokens=config.max_prompt_tokens,
                 placements=BOTH_PLACEMENTS,
-                progress=bar.reach,
+                progress=bar.count,
             )
         _write_lines(path, [asdict(one) for one in judgments])
     return summarise(judgments, prompt_hash=prompt_hash(config.prompt_style), seed=config.seed)
@@ -142,7 +145,7 @@ def _gather(config: DemoConfig, pairs: list[Pair], evaluations: dict[str, Evalua
 
 def _set_finished_aside(directory: Path) -> None:
     """Move a complete demo to the first free <name>-N, so that nothing is lost by another start."""
-    if not (directory / "evaluations.json").is_file():
+    if not all((directory / name).is_file() for name in ("evaluations.json", "report.html")):
         return
     number = 1
     while (aside := directory.with_name(f"{directory.name}-{number}")).exists():
@@ -151,15 +154,5 @@ def _set_finished_aside(directory: Path) -> None:
 
 
 def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def _write_json(path: Path, value: Any) -> None:
-    _write(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a whole file or none: a file that is there is complete."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    # A file that is there is complete: it is not made again.
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -20,13 +20,15 @@ from rmr1.data import Pair, shuffled_epochs
 from rmr1.engine.checkpoint import Progress, restore_trainer
 from rmr1.engine.packing import Batch, pack
 from rmr1.engine.trainer import Trainer
-from rmr1.engine.weights import load_model
+from rmr1.engine.weights import load_model, read_config
 from rmr1.models import load_tokenizer, resolve_device, resolve_model
 from rmr1.prompts import encode, render
 from rmr1.run import Run, StopRequest, training_pairs
 
-# (steps done, steps in all, figures to show)
+# (steps done, steps in all, figures to show), after each step
 OnStep = Callable[[int, int, dict[str, float]], None]
+# (steps done by an earlier start, steps in all), once before the first step
+OnStart = Callable[[int, int], None]
 
 
 def nll(logprobs: Tensor, batch: Batch, count: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -34,12 +36,15 @@ def nll(logprobs: Tensor, batch: Batch, count: int) -> tuple[Tensor, dict[str, T
     return -logprobs.sum() / count, {}
 
 
-def distill(config: SftConfig, *, on_step: OnStep | None = None) -> Path:
+def distill(
+    config: SftConfig, *, on_start: OnStart | None = None, on_step: OnStep | None = None
+) -> Path:
     """Run or resume stage 1 and return the directory of the distilled model."""
     run = Run(config)
     start = resolve_model(config.model)
     tokenizer = load_tokenizer(start)
-    traces, dropped = tokenize_traces(config, training_pairs(config), tokenizer)
+    positions = read_config(start).max_position_embeddings
+    traces, dropped = tokenize_traces(config, training_pairs(config), tokenizer, positions)
     per_epoch = math.ceil(len(traces) / config.batch_size)
     steps = config.epochs * per_epoch
     device = resolve_device(config.device)
@@ -52,6 +57,8 @@ def distill(config: SftConfig, *, on_step: OnStep | None = None) -> Path:
         progress = restore_trainer(run.checkpoint, trainer)
     run.start(progress)
     stream = islice(shuffled_epochs(traces, config.seed), progress.drawn, None)
+    if on_start is not None:
+        on_start(progress.step, steps)
     with StopRequest() as stop:
         for step in range(progress.step + 1, steps + 1):
             began = time.perf_counter()
@@ -89,24 +96,29 @@ def _left(step: int, per_epoch: int, traces: list[Any], config: SftConfig) -> in
 
 
 def tokenize_traces(
-    config: SftConfig, pairs: list[Pair], tokenizer: Any
+    config: SftConfig, pairs: list[Pair], tokenizer: Any, positions: int
 ) -> tuple[list[tuple[list[int], list[int]]], int]:
-    """(prompt ids, trace ids) of every pair that has a trace and fits; how many did not fit."""
+    """(prompt ids, trace ids) of every pair that has a trace and fits; how many did not fit.
+
+    Together they must fit both `config.max_length` and the model's `positions`: further on RoPE
+    would turn by angles that the model has never seen, without a word.
+    """
     rows, dropped = [], 0
+    longest = min(config.max_length, positions)
     for pair in pairs:
         if not pair.trace:
             continue
         prompt = encode(tokenizer, render(pair, config.prompt_style))
         trace = tokenizer(pair.trace, add_special_tokens=False)["input_ids"]
         trace.append(tokenizer.eos_token_id)
-        if len(prompt) > config.max_prompt_tokens or len(prompt) + len(trace) > config.max_length:
+        if len(prompt) > config.max_prompt_tokens or len(prompt) + len(trace) > longest:
             dropped += 1
         else:
             rows.append((prompt, trace))
     if not rows:
         raise ValueError(
             f"no trace to learn from: of {len(pairs)} pairs, {dropped} were over the limits"
-            f" (max_prompt_tokens {config.max_prompt_tokens}, max_length {config.max_length}) and"
-            " the rest have no trace"
+            f" (max_prompt_tokens {config.max_prompt_tokens}, max_length {config.max_length}, the"
+            f" model's {positions} positions) and the rest have no trace"
         )
     return rows, dropped

@@ -99,10 +99,9 @@ def evaluate_pairs(
     style: Style,
     sampling: SamplingParams,
     max_prompt_tokens: int | None = None,
-    both_placements: bool = True,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Judge `pairs` (both placements unless told otherwise) and sum up.
+    """Judge `pairs` in both placements and sum up.
 
     `sampling` is normally greedy (temperature 0, n=1). ValueError without pairs, when two pairs
     share an id (they would count as one), or when `sampling.n` is not 1.
@@ -123,7 +122,7 @@ def evaluate_pairs(
         style=style,
         sampling=sampling,
         max_prompt_tokens=max_prompt_tokens,
-        placements=BOTH_PLACEMENTS if both_placements else ("ab",),
+        placements=BOTH_PLACEMENTS,
         progress=progress,
     )
     return summarise(judgments, prompt_hash=prompt_hash(style), seed=sampling.seed)

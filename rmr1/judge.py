@@ -203,7 +203,7 @@ def majority(samples: Sequence[Judgment]) -> Judgment:
 class Judge:
     """A model that compares two answers.
 
-        judge = rmr1.Judge("runs/demo/checkpoints/step-000200", style="compact")
+        judge = rmr1.Judge("runs/demo/rlvr/checkpoints/step-000018", style="compact")
         judge.compare("What is 2 + 2?", "4", "5").verdict     # "A", "B", "tie" or None
 
     The model is a Hugging Face directory, or a name that rmr1/models.py knows ("pocket"). `style`

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rmr1.engine.weights import read_config
+from rmr1.terminal import phase
 
 POCKET = Path(__file__).parent / "pocket"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -20,9 +21,7 @@ def resolve_model(name: str | Path) -> Path:
     if name == "pocket":
         return POCKET
     if name == "smollm2":
-        from rmr1.engine.gguf import default_cache, import_smollm2
-
-        return import_smollm2(default_cache())
+        return _smollm2()
     path = Path(name)
     if not path.is_dir():
         raise ValueError(
@@ -31,6 +30,23 @@ def resolve_model(name: str | Path) -> Path:
         )
     read_config(path)  # before the tokenizer, whose errors about the same matter are obscure
     return path
+
+
+def _smollm2() -> Path:
+    """The directory of SmolLM2. An import takes minutes: it is shown on stderr."""
+    from rmr1.engine.gguf import STAGES, default_cache, import_smollm2, is_imported
+
+    cache = default_cache()
+    if is_imported(cache):
+        return import_smollm2(cache)
+    with phase("Import SmolLM2", len(STAGES), "stages") as bar:
+
+        def show(stage: str, done: int, total: int) -> None:
+            bar.title = stage
+            # Each stage begins anew: the time of one says nothing about the next.
+            bar.begin(done, total)
+
+        return import_smollm2(cache, progress=show)
 
 
 def resolve_device(name: Literal["auto", "cpu", "cuda"]) -> str:
@@ -67,4 +83,7 @@ def load_tokenizer(directory: Path) -> Any:
         )
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{directory}: the tokenizer names no eos_token; add it to its config")
+    # Texts over the model's length are dropped and counted by whoever tokenises them; the warning
+    # of transformers would only stand in the middle of a progress bar.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer

@@ -33,15 +33,21 @@ from rmr1.rewards import correctness
 from rmr1.run import Run, StopRequest, sample_row, training_pairs
 from rmr1.verdict import Verdict, parse_verdicts
 
+# As in rmr1/distill.py: after each step, and once before the first.
 OnStep = Callable[[int, int, dict[str, float]], None]
+OnStart = Callable[[int, int], None]
 
 
-def rlvr(config: RlvrConfig, *, on_step: OnStep | None = None) -> Path:
+def rlvr(
+    config: RlvrConfig, *, on_start: OnStart | None = None, on_step: OnStep | None = None
+) -> Path:
     """Run or resume stage 2 and return the directory of the trained model."""
     run = Run(config)
     start = resolve_model(config.model)
     stage = _Stage(config, run, start)
     progress = stage.resume()
+    if on_start is not None:
+        on_start(progress.step, config.steps)
     with StopRequest() as stop:
         for step in range(progress.step + 1, config.steps + 1):
             row = stage.step(step)

@@ -1,7 +1,8 @@
 """A training run on disk: resolved configuration, metrics, samples, checkpoints.
 
 Starting a run whose folder already holds a checkpoint goes on from it; with another configuration
-it is refused, key by key. Ctrl-C ends a run after the step in progress, saved.
+it is refused, key by key, but for what may change. Ctrl-C ends a run after the step in progress,
+saved.
 """
 
 from __future__ import annotations
@@ -22,6 +23,16 @@ from rmr1.engine.checkpoint import Progress, list_checkpoints, save_checkpoint
 from rmr1.engine.trainer import Trainer
 from rmr1.tasks.catalog import draw_pairs
 
+# What a resumed run may change: it says how the machine is used, not what comes out.
+FREE_TO_CHANGE = (
+    "device",
+    "max_micro_tokens",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "rollout.kv_memory_gb",
+    "rl.rollout.kv_memory_gb",  # as the demo names it
+)
+
 
 class Run:
     """The folder of one run.
@@ -38,20 +49,14 @@ class Run:
         if self.checkpoint is not None:
             refuse_changes(self.directory, config)
         self.directory.mkdir(parents=True, exist_ok=True)
-        _replace(self.directory / "config.toml", to_toml(config))
+        write_whole(self.directory / "config.toml", to_toml(config))
 
     def start(self, progress: Progress) -> None:
         """Cut the logs back to `progress`, so that a resumed run does not write a step twice."""
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.directory / name
-            if not path.is_file():
-                continue
-            kept = []
-            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-                # A torn last line belongs to a step that was not saved either.
-                if line.endswith("\n") and json.loads(line)["step"] <= progress.step:
-                    kept.append(line)
-            _replace(path, "".join(kept))
+            if path.is_file():
+                write_whole(path, _lines_until(path, progress.step))
 
     def log(self, row: dict[str, Any]) -> None:
         """Append one row to metrics.jsonl."""
@@ -78,19 +83,53 @@ class Run:
 
 def refuse_changes(directory: Path, config: Section) -> None:
     """ValueError when the run in `directory` was begun with another configuration."""
-    path = directory / "config.toml"
-    before = _flat(tomllib.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    before = _begun_with(directory / "config.toml")
     now = _flat(tomllib.loads(to_toml(config)))
     changed = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
+        if key not in FREE_TO_CHANGE and before.get(key) != now.get(key)
     ]
-    if before and changed:
+    if changed:
         raise ValueError(
             f"{directory} holds a run with another configuration ({'; '.join(changed)});"
             " put the old values back to resume it, or choose another --name"
         )
+
+
+def _begun_with(path: Path) -> dict[str, Any]:
+    """The settings of a run that is there. Without them, others could resume it unnoticed."""
+    advice = "put it back to resume the run, or choose another --name"
+    try:
+        settings = _flat(tomllib.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        settings = {}
+    except (RecursionError, ValueError) as error:  # TOMLDecodeError, UnicodeDecodeError
+        raise ValueError(f"{path}: no valid TOML ({error}); {advice}") from None
+    if not settings:
+        raise ValueError(f"{path}: missing or empty, though there is a run beside it; {advice}")
+    return settings
+
+
+def _lines_until(path: Path, last: int) -> str:
+    """The lines of a log up to step `last`."""
+    # A torn last line belongs to a step that was not saved either. Only a line feed ends a line:
+    # texts of a model may hold other separators.
+    *lines, _torn = path.read_bytes().split(b"\n")
+    kept = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            text = line.decode("utf-8")
+            if json.loads(text)["step"] <= last:
+                kept.append(text + "\n")
+        except (KeyError, RecursionError, TypeError, ValueError):
+            raise ValueError(
+                f'{path}, line {number}: no row of a run, which is a JSON object with a "step";'
+                " delete the line to resume the run"
+            ) from None
+    return "".join(kept)
 
 
 def training_pairs(config: RunConfig) -> list[Pair]:
@@ -141,8 +180,8 @@ class StopRequest:
         )
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write a whole file or leave the old one: a full disk must not cost what was logged."""
+def write_whole(path: Path, text: str) -> None:
+    """Write a whole file or leave the old one: a full disk must not cost what was there."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_text(text, encoding="utf-8")

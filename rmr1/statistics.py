@@ -53,11 +53,6 @@ class Difference:
     value: float
     interval: Interval
 
-    @property
-    def outside_noise(self) -> bool:
-        """Whether the interval leaves zero out."""
-        return self.interval.low > 0 or self.interval.high < 0
-
 
 def wilson(share: float, trials: float, *, method: str = WILSON) -> Interval:
     """Wilson's 95% interval of a share in [0, 1] seen in `trials` > 0 independent trials.

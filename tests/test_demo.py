@@ -23,8 +23,9 @@ from rmr1.demo_config import DemoConfig
 from rmr1.engine.weights import load_model
 from rmr1.models import load_tokenizer
 from rmr1.prompts import encode, render
+from rmr1.report import write_report
 from rmr1.tasks.catalog import draw_pairs
-from rmr1.terminal import Phase, phase
+from rmr1.terminal import Phase
 
 SMALL = """
 name = "small"
@@ -69,7 +70,7 @@ class Watch:
 
     def __init__(self, **stop: Any) -> None:
         self.titles: list[str] = []
-        self.first: dict[str, int] = {}
+        self.told: dict[str, list[int]] = {}
         self.stop = stop
 
     def __call__(self, title: str, total: int, unit: str) -> AbstractContextManager[Phase]:
@@ -78,16 +79,18 @@ class Watch:
 
     @contextlib.contextmanager
     def _phase(self, title: str, total: int, unit: str) -> Iterator[Phase]:
-        with phase(title, total, unit, quiet=True) as state:
+        state = Phase(title, total, unit)
+        told = self.told[title] = []
 
-            def on_change() -> None:
-                self.first.setdefault(title, state.done)
-                if self.stop.get("title") == title and state.done == self.stop["at"]:
-                    self.stop.pop("title")
-                    self.stop["do"]()
+        def on_change() -> None:
+            if told[-1:] != [state.done]:
+                told.append(state.done)
+            if self.stop.get("title") == title and state.done == self.stop["at"]:
+                self.stop.pop("title")
+                self.stop["do"]()
 
-            state.on_change = on_change
-            yield state
+        state.on_change = on_change
+        yield state
 
 
 def ctrl_c() -> None:
@@ -187,7 +190,7 @@ def test_an_interrupted_demo_goes_on_to_the_same_end(
     evaluations, report = run_demo(config, watch)
     assert watch.titles == left
     if title in ("Distil", "RL"):
-        assert watch.first[title] == at + 1  # no step is done twice
+        assert watch.told[title] == [at, at + 1, at + 2]  # no step is done twice
     assert report == config.directory / "report.html"
     assert report.is_file()
     assert json.loads((config.directory / "evaluations.json").read_text()) == json.loads(
@@ -241,12 +244,50 @@ def test_a_finished_demo_is_moved_aside(
     assert not (runs / "small" / "evaluations.json").exists()
 
 
+def test_a_demo_cut_off_while_it_writes_its_report_writes_the_report(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(model, tmp_path / "runs")
+
+    def cut_off(directory: Path, **_: Any) -> Path:
+        assert (directory / "evaluations.json").is_file()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(config, Watch(title="RL", at=1, do=ctrl_c))
+    write_report(config.directory)  # `rmr1 report` may be called in the middle of a demo
+    with monkeypatch.context() as patch:
+        patch.setattr("rmr1.demo.write_report", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            run_demo(config, Watch())
+    before = rows(config.directory / "judgments-rl.jsonl")
+    watch = Watch()
+    _, report = run_demo(config, watch)
+    assert watch.titles == ["Distil", "RL"]
+    assert watch.told == {"Distil": [3], "RL": [3]}  # complete, all of it
+    assert report.is_file()
+    assert rows(config.directory / "judgments-rl.jsonl") == before
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["small"]
+
+
+def test_a_resumed_demo_may_change_what_does_not_change_it(model: Path, tmp_path: Path) -> None:
+    config = small(model, tmp_path / "runs")
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(config, Watch(title="Evaluate distilled", at=12, do=leave))
+    changes = {"max_micro_tokens": 4000, "checkpoint_every": 1, "rl.rollout.kv_memory_gb": 0.2}
+    watch = Watch()
+    run_demo(small(model, tmp_path / "runs", **changes), watch)
+    assert watch.told["Distil"] == [3]
+    assert watch.told["RL"] == [0, 1, 2, 3]
+
+
 def test_the_first_free_name_is_taken(tmp_path: Path) -> None:
     for name in ("demo", "demo-1", "demo-3"):
         (tmp_path / name).mkdir()
-    _set_finished_aside(tmp_path / "demo")  # not finished: it stays
-    assert (tmp_path / "demo").is_dir()
-    (tmp_path / "demo" / "evaluations.json").write_text("{}")
+    for name in ("config.toml", "evaluations.json", "report.html"):
+        _set_finished_aside(tmp_path / "demo")  # not finished: it stays
+        assert (tmp_path / "demo").is_dir()
+        (tmp_path / "demo" / name).write_text("{}")
     _set_finished_aside(tmp_path / "demo")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo-1", "demo-2", "demo-3"]
     assert (tmp_path / "demo-2" / "evaluations.json").is_file()

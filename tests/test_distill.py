@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -12,18 +13,22 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer, tokenization_utils_base
 
 from rmr1.cli import main
 from rmr1.config import SftConfig, to_toml
 from rmr1.data import Pair, read_pairs, write_pairs
 from rmr1.distill import distill, tokenize_traces
 from rmr1.engine import checkpoint
+from rmr1.engine import trainer as trainer_module
 from rmr1.engine.generator import Generator, SamplingParams
 from rmr1.engine.weights import load_model
 from rmr1.models import load_tokenizer
 from rmr1.prompts import encode, render
+from rmr1.terminal import Phase
 
 Make = Callable[..., SftConfig]
+POSITIONS = 64  # of the tiny model
 
 
 def metrics(config: SftConfig) -> list[dict[str, Any]]:
@@ -47,6 +52,63 @@ def interrupt_at(stop: int) -> Callable[[int, int, dict[str, float]], None]:
             signal.raise_signal(signal.SIGINT)
 
     return on_step
+
+
+class Clock:
+    """A clock that goes on by 12 seconds with every update, and stands still otherwise."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        update = trainer_module.Trainer.update
+
+        def slow(*args: Any, **options: Any) -> Any:
+            self.now += 12
+            return update(*args, **options)
+
+        monkeypatch.setattr(trainer_module.Trainer, "update", slow)
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_the_time_left_of_a_resumed_run_leaves_out_what_was_done(
+    sft_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        distill(sft_config(), on_step=interrupt_at(1))
+    bar = Phase("Distil", 1, "steps", clock=Clock(monkeypatch))
+    told: list[str] = []
+
+    def follow(step: int, total: int, _: dict[str, float]) -> None:
+        bar.reach(step, total)
+        told.append(bar.status())
+
+    def begin(done: int, total: int) -> None:
+        bar.begin(done, total)
+        told.append(f"{done} of {total}: {bar.status()}")
+
+    distill(sft_config(), on_start=begin, on_step=follow)
+    assert told == [
+        "1 of 4: time left unknown",
+        "0:24 left, 12 s/step",
+        "0:12 left, 12 s/step",
+        "12 s/step",
+    ]
+
+
+def test_the_command_shows_from_where_it_goes_on(
+    sft_config: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = sft_config()
+    file = tmp_path / "config.toml"
+    file.write_text(to_toml(config))
+    with pytest.raises(KeyboardInterrupt):
+        distill(config, on_step=interrupt_at(3))
+    assert main(["sft", str(file)]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert any(line.startswith("Distil: 3/4 steps (75%)") for line in lines)
+    assert main(["sft", str(file)]) == 0  # complete: nothing is left
+    assert "Distil: 4/4 steps (100%)" in capsys.readouterr().err
 
 
 def test_two_steps_resumed_are_four_steps(sft_config: Make) -> None:
@@ -157,7 +219,7 @@ def test_another_configuration_is_refused(sft_config: Make) -> None:
 def test_epochs_do_not_run_into_each_other(sft_config: Make) -> None:
     config = sft_config(batch_size=3, epochs=2)  # 8 traces: 3 + 3 + 2, twice
     tokenizer = load_tokenizer(Path(config.model))
-    rows, _ = tokenize_traces(config, read_pairs(config.data.path), tokenizer)
+    rows, _ = tokenize_traces(config, read_pairs(config.data.path), tokenizer, POSITIONS)
     every = sum(len(trace) for _, trace in rows)
     distill(config)
     found = [row["num_tokens"] for row in metrics(config)]
@@ -178,7 +240,7 @@ def test_traces_end_their_turn_and_long_ones_are_counted(sft_config: Make) -> No
     config = sft_config()
     pairs = read_pairs(config.data.path)
     tokenizer = load_tokenizer(Path(config.model))
-    rows, dropped = tokenize_traces(config, pairs, tokenizer)
+    rows, dropped = tokenize_traces(config, pairs, tokenizer, POSITIONS)
     assert dropped == 1  # the long prompt
     assert len(rows) == 8
     for pair, (prompt, trace) in zip(pairs, rows, strict=False):
@@ -186,21 +248,69 @@ def test_traces_end_their_turn_and_long_ones_are_counted(sft_config: Make) -> No
         assert trace[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(trace[:-1]) == pair.trace.replace(" ", "")
     longest = max(len(prompt) + len(trace) for prompt, trace in rows)
-    fits, dropped = tokenize_traces(sft_config(max_length=longest), pairs, tokenizer)
+    exact = sft_config(max_length=longest)
+    fits, dropped = tokenize_traces(exact, pairs, tokenizer, POSITIONS)
     assert (len(fits), dropped) == (8, 1)
-    fits, dropped = tokenize_traces(sft_config(max_length=longest - 1), pairs, tokenizer)
+    short = sft_config(max_length=longest - 1)
+    fits, dropped = tokenize_traces(short, pairs, tokenizer, POSITIONS)
     assert len(fits) < 8
     assert len(fits) + dropped == 9
+    # The model's positions are a limit like max_length; the smaller of the two counts.
+    assert tokenize_traces(config, pairs, tokenizer, longest) == (rows, 1)
+    assert tokenize_traces(config, pairs, tokenizer, longest - 1) == (fits, dropped)
+    assert tokenize_traces(short, pairs, tokenizer, longest) == (fits, dropped)
     config = sft_config(name="counted")
     distill(config)
     assert {row["dropped_prompts"] for row in metrics(config)} == {1}
+
+
+def test_traces_past_the_models_positions_are_dropped_and_counted(
+    sft_config: Make, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default max_length is 12,288; this model has 30 positions."""
+    small = tmp_path / "small"
+    shutil.copytree(tiny_model, small)
+    values = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(values | {"max_position_embeddings": 30}))
+    seen: list[int] = []
+    update = trainer_module.Trainer.update
+
+    def look(self: Any, batch: Any, loss: Any) -> Any:
+        seen.extend(batch.lengths)
+        return update(self, batch, loss)
+
+    monkeypatch.setattr(trainer_module.Trainer, "update", look)
+    config = sft_config(model=str(small))
+    assert config.max_length > 30
+    distill(config)
+    (dropped,) = {row["dropped_prompts"] for row in metrics(config)}
+    assert 1 < dropped < 9
+    assert max(seen) <= 30
+    assert len(seen) == 2 * (9 - dropped)  # epochs
+    (small / "config.json").write_text(json.dumps(values | {"max_position_embeddings": 5}))
+    with pytest.raises(ValueError, match=r"of 9 pairs, 9 were over .* the model's 5 positions\)"):
+        distill(sft_config(model=str(small), name="none"))
+
+
+def test_a_long_text_is_tokenised_without_a_word(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A warning of transformers would stand in the middle of the bar."""
+    warned: list[str] = []
+    monkeypatch.setattr(tokenization_utils_base.logger, "warning", warned.append)
+    for tokenizer in (load_tokenizer(tiny_model), AutoTokenizer.from_pretrained(tiny_model)):
+        assert warned == []
+        tokenizer.model_max_length = 4
+        tokenizer("1 2 3 4 5 6", add_special_tokens=False)
+    assert len(warned) == 1  # the second one, which is as transformers makes it
 
 
 def test_pairs_without_a_trace_are_passed_over(sft_config: Make, tmp_path: Path) -> None:
     config = sft_config()
     pairs = read_pairs(config.data.path)
     mixed = [pairs[0], pairs[1].swapped(), pairs[2]]
-    rows, dropped = tokenize_traces(config, mixed, load_tokenizer(Path(config.model)))
+    tokenizer = load_tokenizer(Path(config.model))
+    rows, dropped = tokenize_traces(config, mixed, tokenizer, POSITIONS)
     assert (len(rows), dropped) == (2, 0)
     path = tmp_path / "bare.jsonl"
     write_pairs(path, [pair.swapped() for pair in pairs])

@@ -104,7 +104,7 @@ def test_difference_is_taken_pair_by_pair() -> None:
     assert parsed is not None
     assert overall.value == pytest.approx(0.25)
     assert parsed.value == pytest.approx(0.5)
-    assert overall.outside_noise
+    assert overall.interval.low > 0
     with pytest.raises(ValueError, match="different pairs"):
         compare(before, summed(two("other", "A", "B")))
 
@@ -166,13 +166,6 @@ def test_evaluate_pairs_judges_both_placements() -> None:
     assert found.position_bias == 0.5
     assert (found.prompt_hash, found.seed) == (prompt_hash("compact"), 7)
     assert told == [(0, 6), (6, 6)]
-    one_way = evaluate_pairs(
-        GoesByLength(), FakeTokenizer(), pairs, style="compact", sampling=GREEDY,
-        both_placements=False,
-    )  # fmt: skip
-    assert one_way.figures.judgments == 3
-    assert one_way.swap_consistency is None
-    assert one_way.figures.ci.method == "wilson"
 
 
 def test_bad_calls() -> None:

@@ -15,6 +15,7 @@ from rmr1.engine import gguf as module
 from rmr1.engine.gguf import default_cache, import_smollm2
 from rmr1.engine.model import CausalLM, ModelConfig
 from rmr1.engine.weights import load_model
+from rmr1.models import resolve_model
 
 gguf = pytest.importorskip("gguf")
 
@@ -161,6 +162,26 @@ def test_whole_import(tmp_path: Path, offline: Path, known: Path) -> None:
     assert import_smollm2(cache, progress=lambda *stage: told.append(stage)) == directory
     assert not told
     assert (directory / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_an_import_is_shown_and_shown_once(
+    tmp_path: Path,
+    offline: Path,
+    known: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (offline / known.name).write_bytes(known.read_bytes())
+    monkeypatch.setenv("RMR1_CACHE", str(tmp_path / "cache"))
+    directory = resolve_model("smollm2")
+    out, err = capsys.readouterr()
+    first, *_, last = err.splitlines()
+    assert out == ""
+    assert first.startswith("Download SmolLM2 (92 MB): 0/3 stages (0%)")
+    assert last.startswith("Convert SmolLM2: 3/3 stages (100%)")
+    assert last.endswith("done")
+    assert resolve_model("smollm2") == directory
+    assert capsys.readouterr() == ("", "")
 
 
 def test_tokenizer(tmp_path: Path, known: Path) -> None:

@@ -21,6 +21,7 @@ from rmr1.models import load_tokenizer
 from rmr1.prompts import encode, render
 from rmr1.rewards import correctness
 from rmr1.rlvr import _reward_figures, rlvr
+from rmr1.terminal import Phase
 from rmr1.verdict import parse_verdict, parse_verdicts
 
 Make = Callable[..., RlvrConfig]
@@ -89,6 +90,30 @@ def test_two_steps_resumed_are_four_steps(rlvr_config: Make) -> None:
     assert rows[0]["kl"] < rows[3]["kl"]
     assert rows[3]["kl"] > 1e-4
     assert len({sample["text"] for sample in samples[0]}) > 1
+
+
+def test_the_time_left_of_a_resumed_run_leaves_out_what_was_done(
+    rlvr_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        rlvr(rlvr_config(), on_step=interrupt_at(2))
+    now, update = 0.0, Trainer.update
+
+    def slow(self: Trainer, batch: Batch, loss: Loss) -> StepStats:
+        nonlocal now
+        now += 6  # two updates a step
+        return update(self, batch, loss)
+
+    monkeypatch.setattr(Trainer, "update", slow)
+    bar = Phase("RL", 4, "steps", clock=lambda: now)
+    told: list[str] = []
+
+    def follow(step: int, total: int, _: dict[str, float]) -> None:
+        bar.reach(step, total)
+        told.append(f"{step}: {bar.status()}")
+
+    rlvr(rlvr_config(), on_start=bar.begin, on_step=follow)
+    assert told == ["3: 0:12 left, 12 s/step", "4: 12 s/step"]
 
 
 def test_ctrl_c_in_the_middle_of_a_step_finishes_and_saves_it(

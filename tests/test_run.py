@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from rmr1.config import SftConfig, to_toml
+from rmr1.config import RlvrConfig, SftConfig, to_toml
 from rmr1.data import Pair, read_pairs
 from rmr1.engine.checkpoint import Progress
-from rmr1.run import Run, StopRequest, sample_row, training_pairs
+from rmr1.run import FREE_TO_CHANGE, Run, StopRequest, sample_row, training_pairs
 
 Make = Callable[..., SftConfig]
 
@@ -65,6 +65,64 @@ def test_another_configuration_is_refused_key_by_key(sft_config: Make) -> None:
     assert Run(config).checkpoint is not None  # the old values resume it
 
 
+def test_what_does_not_change_the_results_may_change(
+    sft_config: Make, rlvr_config: Callable[..., RlvrConfig]
+) -> None:
+    changes = {
+        "device": "cpu",
+        "max_micro_tokens": 100,
+        "checkpoint_every": 7,
+        "keep_checkpoints": 5,
+    }
+    rollout = {"prompts": 3, "samples": 4, "max_new_tokens": 8}
+    for make, more in (
+        (sft_config, {}),
+        (rlvr_config, {"rollout": {**rollout, "kv_memory_gb": 0.2}}),
+        (rlvr_config, {"name": "other", "rollout": rollout}),  # set, then unset
+    ):
+        before = make(**{key: value for key, value in more.items() if key == "name"})
+        Run(before)
+        pretend_checkpoint(before, 4)
+        after = make(**changes, **more)
+        assert after != before
+        assert Run(after).checkpoint is not None
+        written = tomllib.loads((after.directory / "config.toml").read_text())
+        assert type(after).model_validate(written) == after
+    # A misspelt key would allow nothing.
+    keys = {*RlvrConfig.model_fields, *(f"rollout.{key}" for key in rollout), *FREE_TO_CHANGE}
+    assert set(changes) | {"rollout.kv_memory_gb"} <= set(FREE_TO_CHANGE) <= keys
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (None, "config.toml: missing or empty, though there is a run beside it; put it back"),
+        (b"", "config.toml: missing or empty, though there is a run beside it; put it back"),
+        (b"seed = ", "config.toml: no valid TOML \\(Invalid value .*; put it back"),
+        (b"\xff", "config.toml: no valid TOML \\(.*utf-8.*; put it back"),
+    ],
+)
+def test_a_run_without_its_settings_is_refused(
+    sft_config: Make, damage: bytes | None, told: str
+) -> None:
+    """Also with the same ones: nobody can tell that they are."""
+    config = sft_config()
+    Run(config)
+    pretend_checkpoint(config, 4)
+    path = config.directory / "config.toml"
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_bytes(damage)
+    for changed in (config, sft_config(seed=1)):
+        with pytest.raises(ValueError, match=told) as caught:
+            Run(changed)
+        assert str(caught.value).startswith(str(path))
+        assert "another --name" in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert (path.read_bytes() if path.exists() else None) == damage
+
+
 def test_without_a_checkpoint_nothing_is_lost_by_another_configuration(sft_config: Make) -> None:
     Run(sft_config())
     run = Run(sft_config(batch_size=3))
@@ -102,6 +160,34 @@ def test_a_row_torn_before_its_line_end_is_dropped(sft_config: Make) -> None:
     run.start(Progress(step=2, updates=2, drawn=8))
     run.log({"step": 3})
     assert lines(run) == [{"step": 1}, {"step": 3}]
+
+
+@pytest.mark.parametrize(
+    "line", ['{"stap": 2}', "[2]", "2", '{"step": "2"}', '{"step": 2', '"\\ud800', "\x00\x00"]
+)
+def test_a_damaged_row_is_named(sft_config: Make, line: str) -> None:
+    run = Run(sft_config())
+    path = run.directory / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n\n{line}\n{{"step": 3}}\n')
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r'no row of a run, .* "step"; delete the line') as caught:
+        run.start(Progress(step=3, updates=3, drawn=12))
+    assert str(caught.value).startswith(f"{path}, line 3: ")
+    assert path.read_bytes() == before
+    path.write_bytes(b'\xff{"step": 1}\n')
+    with pytest.raises(ValueError, match="line 1: no row of a run"):
+        run.start(Progress(step=3, updates=3, drawn=12))
+
+
+def test_a_text_may_hold_any_line_separator(sft_config: Make) -> None:
+    """JSON leaves those of Unicode as they are, and models write them."""
+    run = Run(sft_config())
+    text = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\rh\r\ni"
+    for step in (1, 2):
+        run.sample({"step": step, "text": text})
+    run.start(Progress(step=1, updates=1, drawn=4))
+    (row,) = (run.directory / "samples.jsonl").read_text().split("\n")[:-1]
+    assert json.loads(row) == {"step": 1, "text": text}
 
 
 def test_a_full_disk_at_the_start_costs_no_row(

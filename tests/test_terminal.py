@@ -40,9 +40,9 @@ def test_rate_and_time_left() -> None:
     assert state.seconds_left is None
     assert state.status() == "time left unknown"
     clock.now += 10
-    state.advance(20, 600)
+    state.reach(20, 100)
     assert state.seconds_left == pytest.approx(40)
-    assert state.status() == "0:40 left, 2 pairs/s, 60 tokens/s"
+    assert state.status() == "0:40 left, 2 pairs/s"
     clock.now += 15  # Nothing finished since: the estimate counts down, and the rate stands.
     assert state.seconds_left == pytest.approx(25)
     clock.now += 60
@@ -62,11 +62,30 @@ def test_slow_items_figures_and_the_end() -> None:
 
 def test_work_of_an_earlier_start_does_not_count_for_the_rate() -> None:
     clock = Clock()
-    state = Phase("RL", 100, "steps", completed=50, clock=clock)
+    state = Phase("RL", 1, "steps", clock=clock)
+    changes: list[tuple[int, int]] = []
+    state.on_change = lambda: changes.append((state.done, state.total))
+    clock.now += 60  # loading the model is no step
+    state.begin(15, 18)
+    assert state.status() == "time left unknown"
+    clock.now += 12
+    state.reach(16, 18)
+    assert changes == [(15, 18), (16, 18)]
+    assert state.status() == "0:24 left, 12 s/step"
+    assert state.elapsed == 72
+
+
+def test_a_count_begins_with_what_it_is_told_first() -> None:
+    clock = Clock()
+    state = Phase("RM-Bench", 1, "judgments", clock=clock)
+    clock.now += 5
+    state.count(4, 9)
     clock.now += 10
-    state.advance()
-    assert state.done == 51
-    assert state.seconds_left == pytest.approx(490)
+    state.count(5, 9)
+    assert state.seconds_left == pytest.approx(40)
+    clock.now += 10
+    state.count(6, 9)
+    assert state.status() == "0:30 left, 10 s/judgment"
 
 
 def test_durations_and_shares() -> None:
@@ -81,22 +100,22 @@ def test_durations_and_shares() -> None:
 def test_plain_lines_come_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr("rmr1.terminal.time.monotonic", clock)
-    monkeypatch.setattr(Phase.__init__, "__kwdefaults__", {"completed": 0, "clock": clock})
+    monkeypatch.setattr(Phase.__init__, "__kwdefaults__", {"clock": clock})
     console = plain()
     with phase("Judge [x]", 40, "pairs", console=console, every=10) as state:
-        for _ in range(40):
+        for done in range(1, 41):
             clock.now += 1
-            state.advance(1, 10)
+            state.reach(done, 40)
     text = written(console).splitlines()
     assert text[0].startswith("Judge [x]: 1/40 pairs (2%), 0:01, 0:39 left, 1 pairs/s")
     assert len(text) == 5  # After 1, 11, 21 and 31 seconds, and at the end.
-    assert text[-1] == "Judge [x]: 40/40 pairs (100%), 0:40, 1 pairs/s, 10 tokens/s, done"
+    assert text[-1] == "Judge [x]: 40/40 pairs (100%), 0:40, 1 pairs/s, done"
     assert "\x1b" not in written(console)
 
 
 def interrupt(console: Console) -> None:
     with phase("RL", 9, "steps", console=console) as state:
-        state.advance(3)
+        state.reach(3, 9)
         raise KeyboardInterrupt
 
 
@@ -122,7 +141,7 @@ def test_ctrl_c_closes_the_bar() -> None:
 def test_bar_shows_title_count_figures() -> None:
     console = fancy()
     with phase("Distil [1/3]", 8, "steps", console=console) as state:
-        state.advance(8)
+        state.reach(8, 8)
         state.show({"loss": 1.5})
     text = written(console)
     assert "Distil [1/3]" in text
@@ -134,16 +153,26 @@ def test_narrow_terminal_keeps_one_line() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=60, _environ={"TERM": "xterm"})
     with phase("Evaluate distilled", 1020, "judgments", console=console) as state:
         state.show({"reward": 0.42, "kl": 0.003, "entropy": 1.5})
-        state.advance(5, 100)
+        state.reach(5, 1020)
     assert "\x1b[1A" not in written(console)  # Nothing had to be moved up by more than its line.
 
 
-def test_quiet_writes_nothing_and_bars_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    with phase("RL", 2, "steps", quiet=True) as state:
-        state.advance(2)
-    assert capsys.readouterr() == ("", "")
+def test_the_title_may_change() -> None:
+    console = fancy()
+    with phase("Import", 2, "stages", console=console) as state:
+        state.title = "Unpack [it]"
+        state.begin(1, 2)
+    assert "Unpack [it]" in written(console)
+    console = plain()
+    with phase("Import", 2, "stages", console=console) as state:
+        state.title = "Unpack [it]"
+        state.begin(1, 2)
+    assert written(console).startswith("Unpack [it]: 1/2 stages (50%)")
+
+
+def test_progress_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     with phase("RL", 2, "steps") as state:
-        state.advance(2)
+        state.reach(2, 2)
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "RL: 2/2 steps (100%)" in captured.err

