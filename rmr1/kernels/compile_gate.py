@@ -1,7 +1,7 @@
 """Compiles every Triton kernel ahead of time for four GPUs, and reads from the binaries whether
 they are what they should be. No GPU is needed.
 
-    python -m rmr1.kernels.compile_gate [--only token_logprob] [--write docs/kernels.md]
+    python -m rmr1.kernels.compile_gate [--only token_logprob] [--quick] [--write docs/kernels.md]
 
 Each kernel is compiled in every configuration that autotuning may choose, with the alignment that
 torch's allocations have. A binary fails when it spills registers, uses more shared memory than the
@@ -91,10 +91,11 @@ def cases(only: str = "") -> list[Case]:
     return [case for module in modules for case in module.CASES]
 
 
-def compile_all(chosen: list[Case]) -> Iterator[Binary]:
-    """Compile each case in each of its configurations for each chip."""
+def compile_all(chosen: list[Case], *, quick: bool = False) -> Iterator[Binary]:
+    """Compile each case for each chip, in each of its configurations or (quick) in the first."""
     for case in chosen:
-        for config in getattr(case.kernel, "configs", [triton.Config({})]):
+        configs = getattr(case.kernel, "configs", [triton.Config({})])
+        for config in configs[:1] if quick else configs:
             for chip in CHIPS:
                 yield _compile(case, config, chip)
 
@@ -188,10 +189,11 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--only", default="", help="modules whose name holds this text")
+    parser.add_argument("--quick", action="store_true", help="one configuration a kernel")
     parser.add_argument("--write", type=Path, help="Markdown file whose marked part is replaced")
     args = parser.parse_args()
     binaries = []
-    for binary in compile_all(cases(args.only)):
+    for binary in compile_all(cases(args.only), quick=args.quick):
         binaries.append(binary)
         print(f"{binary.case.name} {binary.config} {binary.chip.name}", file=sys.stderr)
     text = table(binaries)

@@ -38,8 +38,7 @@ WIDE = configs(
 # For fp32, which is multiplied exactly and therefore not by tensor cores, and for a hidden size
 # that is no multiple of 64, whose loads need masks: both take more registers.
 NARROW = configs(
-    {"BLOCK_T": 64, "BLOCK_V": 64, "BLOCK_H": 32, "num_warps": 8, "num_stages": 2},
-    {"BLOCK_T": 32, "BLOCK_V": 64, "BLOCK_H": 32, "num_warps": 4, "num_stages": 2},
+    {"BLOCK_T": 64, "BLOCK_V": 64, "BLOCK_H": 32, "num_warps": 4, "num_stages": 2},
     interpreted=_INTERPRETED,
 )
 # A share of the vocabulary is a multiple of this, so that no tile lies across two.
