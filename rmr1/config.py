@@ -78,7 +78,9 @@ class SftConfig(RunConfig):
     batch_size: int = Field(128, ge=1, description="traces in one update")
     epochs: int = Field(1, ge=1, description="passes over the traces")
     max_length: int = Field(
-        12288, ge=2, description="longer prompt + trace is dropped, counted and reported"
+        12288,
+        ge=2,
+        description="longer prompt + trace is dropped and counted, as is what the model cannot hold",
     )
 
 
