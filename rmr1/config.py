@@ -80,7 +80,7 @@ class SftConfig(RunConfig):
     max_length: int = Field(
         12288,
         ge=2,
-        description="longer prompt + trace is dropped and counted, as is what the model cannot hold",
+        description="longer prompt + trace is dropped and counted, like what has no position",
     )
 
 

@@ -1,6 +1,6 @@
 """Makes the pocket model: the 2M-parameter decoder and tokenizer inside this package.
 
-    python -m rmr1.pocket --output rmr1/pocket          (about 90 minutes on 2 cores)
+    python -m rmr1.pocket --output rmr1/pocket          (about two and a quarter hours on 2 cores)
 
 It exists so that a newcomer sees the whole pipeline in ten minutes; it is no claim about the
 engine. It is pretrained, with the project's own trainer, on answering the embedded tasks, on saying
@@ -91,7 +91,7 @@ A_SHARE = 0.6
 # Few sequences a step: a small model gains more from many updates than from large ones.
 BATCH = 16
 # (updates, peak learning rate); each round warms up again, on fresh tasks.
-ROUNDS = ((14_000, 2e-3), (14_000, 1e-3))
+ROUNDS = ((14_000, 2e-3), (14_000, 1e-3), (14_000, 1e-3))
 SAVE_EVERY = 1000
 
 
