@@ -22,7 +22,7 @@ from rmr1.prompts import Style
 class DistillPlan(Section):
     """How much the demo distils."""
 
-    traces: int = Field(432, ge=1, description="traces of embedded tasks to learn from")
+    traces: int = Field(352, ge=1, description="traces of embedded tasks to learn from")
     batch_size: int = Field(16, ge=1, description="traces in one update")
     learning_rate: float = Field(5e-4, gt=0, description="peak learning rate")
     warmup_steps: int = Field(5, ge=0, description="updates over which the rate rises")
