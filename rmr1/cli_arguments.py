@@ -16,7 +16,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from rmr1.config import load_config
+from rmr1.config import dotted, load_config
 
 # Arguments come from the command line and the file only: no variable has this prefix.
 SETTINGS = SettingsConfigDict(frozen=True, extra="forbid", env_prefix="RMR1_UNUSED_")
@@ -55,19 +55,9 @@ def parse(kind: type[VerbT], args: Sequence[str], *, prog: str) -> VerbT:
             cli_exit_on_error=False,
             cli_implicit_flags=True,
         )
-        given = _flat(source())
+        given = dotted(source())
     except SettingsError as error:
         reason = str(error).removeprefix("error parsing CLI: ")
         raise ValueError(f"{reason}; `{prog} --help` lists the arguments") from None
     file = given.pop("config_file", None) or None
     return load_config(kind, file, given)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rmr1.cli_arguments import Verb
-from rmr1.data import Pair, read_pairs
+from rmr1.data import Pair, read_pairs, write_whole
 from rmr1.prompts import Style
 from rmr1.score import score_file
 from rmr1.tasks.catalog import draw_pairs
@@ -160,11 +160,14 @@ class Score(Verb):
 
     benchmark: Literal["rewardbench", "rm-bench", "rmb"] = Field(description="whose rule")
     judgments: str = Field(description="JSONL file of judgments")
+    unparsed: float | None = Field(
+        None, description="what no verdict earns; unset: the benchmark's rule (RM-R1: always 0)"
+    )
     json_output: bool = Field(False, alias="json", description="print figures as JSON")
 
     def run(self) -> int:
         """Score the file and print the figures."""
-        figures = score_file(self.judgments, self.benchmark)
+        figures = score_file(self.judgments, self.benchmark, unparsed=self.unparsed)
         if self.json_output:
             print(json.dumps(figures))
         else:
@@ -237,14 +240,9 @@ class Logprobs(Verb):
 
 def _write_judgments(path: Path, judgments: Sequence[Judgment]) -> None:
     """Write the judgments as JSONL. A file that is there is replaced at the end or not at all."""
-    from rmr1.run import write_whole
-
     text = "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in judgments)
     try:
-        if path.exists() and not path.is_file():  # a pipe or /dev/stdout: nothing to replace
-            path.write_text(text, encoding="utf-8")
-        else:
-            write_whole(path.resolve(), text)  # a link stays a link
+        write_whole(path, text)
     except OSError as error:
         raise ValueError(
             f"{path}: the judgments could not be written ({error.strerror}); free some space there"

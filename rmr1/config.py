@@ -171,6 +171,17 @@ def _read_toml(kind: type[BaseModel], path: str | Path) -> dict[str, Any]:
     return tree
 
 
+def dotted(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of settings as one level: {"grpo": {"beta": 0}} is {"grpo.beta": 0}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(dotted(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
 def _section(kind: type[BaseModel], name: str) -> type[BaseModel] | None:
     """The section class of a key, or None where the key holds a value or is unknown."""
     field = kind.model_fields.get(name)

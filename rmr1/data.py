@@ -11,6 +11,7 @@ One line of a file is one pair:
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -191,12 +192,26 @@ def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> int:
     """Write pairs as JSONL and return how many were written."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    count = 0
-    with path.open("w", encoding="utf-8") as stream:
-        for pair in pairs:
-            stream.write(json.dumps(asdict(pair), ensure_ascii=False) + "\n")
-            count += 1
-    return count
+    lines = [json.dumps(asdict(pair), ensure_ascii=False) + "\n" for pair in pairs]
+    write_whole(path, "".join(lines))
+    return len(lines)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a whole file or leave the old one: a full disk must not cost what was there.
+
+    A link stays a link; a pipe or /dev/stdout, where nothing is replaced, is written to.
+    """
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
+    path = path.resolve()
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def shuffled_epochs(pairs: Sequence[Row], seed: int) -> Iterator[Row]:

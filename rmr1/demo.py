@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rmr1.config import to_toml
-from rmr1.data import Pair, read_rows
+from rmr1.data import Pair, read_rows, write_whole
 from rmr1.demo_config import DemoConfig, rlvr_config, sft_config
 from rmr1.distill import distill
 from rmr1.engine.generator import Generator, SamplingParams
@@ -26,7 +26,7 @@ from rmr1.models import load_tokenizer, resolve_model
 from rmr1.prompts import prompt_hash
 from rmr1.report import write_report
 from rmr1.rlvr import rlvr
-from rmr1.run import refuse_changes, sample_row, write_whole
+from rmr1.run import refuse_changes, sample_row
 from rmr1.tasks.catalog import draw_pairs
 from rmr1.terminal import Phase
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from rmr1.data import write_whole
 from rmr1.report_charts import Interval, Series, figure, interval_chart, line_chart
 from rmr1.report_input import RunData, bounds_of, finite, read_run
 from rmr1.report_judgments import mark_judgment, pick_samples
@@ -86,9 +86,7 @@ def write_report(run_dir: str | Path, *, command: str = "") -> Path:
     page = render_report(read_run(directory), name=directory.resolve().name, command=command)
     path = directory / "report.html"
     # A browser that reloads meanwhile sees the old page or the new one, never half of one.
-    partial = path.with_suffix(".html.partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, page)
     return path
 
 

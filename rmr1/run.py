@@ -8,7 +8,6 @@ saved.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 import tomllib
@@ -17,8 +16,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from rmr1.config import RunConfig, Section, to_toml
-from rmr1.data import Pair, read_pairs
+from rmr1.config import RunConfig, Section, dotted, to_toml
+from rmr1.data import Pair, read_pairs, write_whole
 from rmr1.engine.checkpoint import Progress, list_checkpoints, save_checkpoint
 from rmr1.engine.trainer import Trainer
 from rmr1.tasks.catalog import draw_pairs
@@ -84,7 +83,7 @@ class Run:
 def refuse_changes(directory: Path, config: Section) -> None:
     """ValueError when the run in `directory` was begun with another configuration."""
     before = _begun_with(directory / "config.toml")
-    now = _flat(tomllib.loads(to_toml(config)))
+    now = dotted(tomllib.loads(to_toml(config)))
     changed = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -101,7 +100,7 @@ def _begun_with(path: Path) -> dict[str, Any]:
     """The settings of a run that is there. Without them, others could resume it unnoticed."""
     advice = "put it back to resume the run, or choose another --name"
     try:
-        settings = _flat(tomllib.loads(path.read_text(encoding="utf-8")))
+        settings = dotted(tomllib.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         settings = {}
     except (RecursionError, ValueError) as error:  # TOMLDecodeError, UnicodeDecodeError
@@ -178,23 +177,3 @@ class StopRequest:
             "\nStopping after this step and saving; press Ctrl-C again to leave at once.",
             file=sys.stderr,
         )
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a whole file or leave the old one: a full disk must not cost what was there."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat

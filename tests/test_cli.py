@@ -630,6 +630,10 @@ def test_json_of_score_and_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["sections"]["Reasoning"] == 1.0
     assert main(args) == 0
     assert "100.0%" in capsys.readouterr().out
+    Path("j.jsonl").write_text(json.dumps({**row, "verdict": None}) + "\n")
+    for more, wanted in (([], 0.5), (["--unparsed", "0"], 0.0)):  # the benchmark's rule, RM-R1's
+        assert main([*args, *more, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["sections"]["Reasoning"] == wanted
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["rmr1._C"] == "ready"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from dataclasses import asdict, replace
@@ -66,6 +67,24 @@ def test_pairs_survive_a_file(folder: Path, written: list[Pair]) -> None:
     path = folder / "new" / "pairs.jsonl"
     assert write_pairs(path, written) == len(written)
     assert read_pairs(path) == written
+
+
+def test_a_full_disk_leaves_the_old_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "pairs.jsonl"
+    pair = Pair("1", "s", ({"role": "user", "content": "q"},), "a", "b", "A", "chat")
+    write_pairs(path, [pair])
+    write_text = Path.write_text
+
+    def fills_up(self: Path, text: str, **options: Any) -> int:
+        write_text(self, text[: len(text) // 2], **options)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", fills_up)
+        with pytest.raises(OSError, match="No space left"):
+            write_pairs(path, [pair, pair])
+    assert read_pairs(path) == [pair]
+    assert [one.name for one in tmp_path.iterdir()] == ["pairs.jsonl"]
 
 
 @QUICK
