@@ -3,10 +3,14 @@
 #include "bindings.h"
 
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
+#include <array>
+
 #include "cpu.h"
+#include "policy_loss.h"
 #include "token_logprob.h"
 
 namespace nb = nanobind;
@@ -50,6 +54,28 @@ void logit_gradient(const Rows<float>& z, std::int64_t first,
         {peak.data(), log_sum.data(), data(entropy), data(on_logprob), data(on_entropy)}, threads);
 }
 
+// `settings`: the fields of PolicySettings in their order. Returns the loss and the sums.
+nb::tuple policy_loss(const Vector<const float>& logprobs, const Vector<const float>& old,
+                      const Maybe<const float>& ref, const Maybe<const float>& rollout,
+                      const Vector<const std::int64_t>& offsets,
+                      const Vector<const float>& advantages, const Vector<const float>& weights,
+                      const std::array<float, 10>& settings, const Vector<float>& slope) {
+    const auto& f = settings;
+    const rmr1::PolicySettings set{f[0] != 0, f[1] != 0, f[2], f[3], f[4], f[5],
+                                   static_cast<int>(f[6]), static_cast<int>(f[7]), f[8], f[9]};
+    const rmr1::PolicyTokens tokens{logprobs.data(), old.data(), data(ref), data(rollout),
+                                    offsets.data(), advantages.data(), weights.data(),
+                                    static_cast<std::int64_t>(advantages.shape(0))};
+    rmr1::PolicySums sums;
+    double loss;
+    {
+        nb::gil_scoped_release unlocked;
+        loss = rmr1::policy_loss(tokens, set, slope.data(), &sums);
+    }
+    return nb::make_tuple(loss, sums.clipped_low, sums.clipped_high, sums.kl, sums.ratio,
+                          sums.ratio_max, sums.ratio_min, sums.mismatch, sums.correction, sums.bad);
+}
+
 }  // namespace
 
 void rmr1_bind_kernels(nb::module_& m) {
@@ -62,4 +88,7 @@ void rmr1_bind_kernels(nb::module_& m) {
     m.def("logit_gradient", &logit_gradient, nb::arg("z"), nb::arg("first"), nb::arg("targets"),
           nb::arg("peak"), nb::arg("log_sum"), nb::arg("entropy").none(),
           nb::arg("on_logprob").none(), nb::arg("on_entropy").none(), nb::arg("threads"), unlocked);
+    m.def("policy_loss", &policy_loss, nb::arg("logprobs"), nb::arg("old"), nb::arg("ref").none(),
+          nb::arg("rollout").none(), nb::arg("offsets"), nb::arg("advantages"), nb::arg("weights"),
+          nb::arg("settings"), nb::arg("slope"));
 }

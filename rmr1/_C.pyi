@@ -121,3 +121,16 @@ def logit_gradient(
     threads: int,
 ) -> None:
     """Overwrite a tile of logits [R, C] with the gradient of the loss; csrc/token_logprob.h."""
+
+def policy_loss(
+    logprobs: Tensor,
+    old: Tensor,
+    ref: Tensor | None,
+    rollout: Tensor | None,
+    offsets: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    settings: list[float],
+    slope: Tensor,
+) -> tuple[float, ...]:
+    """Loss and nine sums; writes the slope [T]; csrc/policy_loss.h."""

@@ -257,6 +257,7 @@ def _update_figures(updates: Sequence[StepStats]) -> dict[str, float]:
     names = list(updates[0].extra)
     figures = {name: sum(u.extra[name] for u in updates) / len(updates) for name in names}
     figures["ratio_max"] = max(u.extra["ratio_max"] for u in updates)
+    figures["ratio_min"] = min(u.extra["ratio_min"] for u in updates)
     figures["logprob_mismatch"] = updates[0].extra["logprob_mismatch"]
     return {
         "loss": sum(u.loss for u in updates) / len(updates),

@@ -85,10 +85,12 @@ class Trainer:
 
 
 def _accumulate(sums: dict[str, float], stats: dict[str, Tensor]) -> None:
-    """Add up means over micro-batches; keep the largest of the maxima."""
+    """Add up means over micro-batches; keep the extremes of extremes."""
     for name, value in stats.items():
         if name.endswith("_max"):
             sums[name] = max(sums.get(name, -torch.inf), value.item())
+        elif name.endswith("_min"):
+            sums[name] = min(sums.get(name, torch.inf), value.item())
         else:
             sums[name] = sums.get(name, 0.0) + value.item()
 

@@ -33,7 +33,7 @@ from triton.compiler import ASTSource
 from rmr1.kernels.tuning import Case
 
 # Every file with Triton kernels; each has CASES.
-MODULES = ("token_logprob_triton",)
+MODULES = ("policy_loss_triton", "token_logprob_triton")
 BEGIN, END = "<!-- compile gate: begin -->", "<!-- compile gate: end -->"
 
 
@@ -101,7 +101,7 @@ def compile_all(chosen: list[Case], *, quick: bool = False) -> Iterator[Binary]:
 
 
 def _compile(case: Case, config: triton.Config, chip: Chip) -> Binary:
-    kernel = getattr(case.kernel, "fn", case.kernel)
+    kernel = case.kernel.fn if hasattr(case.kernel, "configs") else case.kernel
     names = kernel.arg_names
     source = ASTSource(
         fn=kernel,

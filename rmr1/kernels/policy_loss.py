@@ -1,43 +1,126 @@
-"""The clipped policy loss of GRPO on packed tokens, with a KL penalty and its statistics.
+"""The policy loss of the GRPO family on packed tokens, with its slope and statistics in one pass.
 
-For token t of sequence s, with r = exp(logp_t - old_t):
+`reference` below is the definition; `PolicyLossConfig` explains the options. For RM-R1's defaults,
+with r = exp(logp_t - old_t) of token t in a sequence with advantage A:
 
-    loss_t = -min(r A_s, clip(r, 1 - clip_low, 1 + clip_high) A_s) + beta * k3_t
+    loss_t = -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + beta * k3_t
     k3_t   = exp(ref_t - logp_t) - 1 - (ref_t - logp_t)
 
-The loss is the sum over tokens divided by `token_count`, the number of response tokens of the
-*whole* update (all micro-batches, all ranks), so the gradient does not depend on how an update is
-cut into micro-batches. The published code of RM-R1 takes a mean per micro-batch instead.
+The sum is divided by *global* counts, those of the whole update (all micro-batches, all ranks), so
+the gradient does not depend on how an update is cut. The published code of RM-R1 takes a mean per
+micro-batch instead.
 
-Statistics are sums over tokens divided by the same count: over the micro-batches of one update
-they add up to the update's means. `ratio_max` is a maximum.
+Statistics are sums over tokens divided by the tokens of the update: over its micro-batches they
+add up to its means. `ratio_max` and `ratio_min` are extremes, `nonfinite` counts tokens whose loss
+is NaN or infinite.
 
 Shapes: T packed response tokens, S sequences.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
+
+from rmr1 import _C
+from rmr1.kernels.dispatch import choose
+from rmr1.kernels.policy_loss_config import PolicyLossConfig, variant
+
+__all__ = ["STATS", "PolicyLossConfig", "policy_loss", "reference", "variant"]
 
 # exp of a larger log-ratio says only "far off"; the clamp keeps it finite.
-_LOG_RATIO_LIMIT = 20.0
+_LIMIT = 20.0
+# What every implementation returns beside the loss, in this order.
+STATS = (
+    "clip_ratio/low_mean",
+    "clip_ratio/high_mean",
+    "kl",
+    "ratio_mean",
+    "ratio_max",
+    "ratio_min",
+    "logprob_mismatch",
+    "correction_mean",
+    "nonfinite",
+)
+_EXTREMES_AND_COUNTS = ("ratio_max", "ratio_min", "nonfinite")
 
 
-@dataclass(frozen=True, slots=True)
-class PolicyLossConfig:
-    """clip_low, clip_high: width of the trust region around ratio 1. beta: beta."""
+def reference(
+    logprobs: Tensor,
+    old: Tensor,
+    advantages: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    ref: Tensor | None,
+    rollout: Tensor | None,
+    config: PolicyLossConfig,
+) -> tuple[Tensor, Tensor]:
+    """The op in plain torch: loss (autograd), and the sums of STATS, [9].
 
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    beta: float = 1e-3
+    `weights` [S] is what a token of each sequence counts in the loss.
+    """
+    a = advantages.to(logprobs.dtype)[ids]  # [T]
+    d = logprobs - old
+    if config.ratio == "sequence":
+        d = _sequence_mean(d, ids, len(advantages))[ids]
+    ratio = d.clamp(-_LIMIT, _LIMIT).exp()
+    held = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    if config.objective == "cispo":
+        policy = -held.detach() * a * logprobs
+    else:
+        policy = -torch.minimum(ratio * a, held * a)
+        if config.dual_clip is not None:
+            policy = torch.where(a < 0, torch.minimum(policy, -config.dual_clip * a), policy)
+    correction = torch.ones_like(ratio)
+    if rollout is not None:
+        correction = _correction(old - rollout, ids, len(advantages), config)
+    per_token = correction * policy
+    kl = torch.zeros_like(ratio)
+    if ref is not None:
+        kl = _kl(ref - logprobs, config)
+        per_token = per_token + config.beta * kl
+    per_token = per_token * weights.to(logprobs.dtype)[ids]
+    low = (ratio < 1 - config.clip_low) & (a < 0)
+    high = (ratio > 1 + config.clip_high) & (a > 0)
+    apart = torch.zeros_like(ratio) if rollout is None else (old - rollout).abs()
+    bad = ~torch.isfinite(per_token)
+    sums = [low.sum(), high.sum(), kl.sum(), ratio.sum(), *_extremes(ratio), apart.sum()]
+    sums += [correction.sum(), bad.sum()]
+    return per_token.sum(), torch.stack([one.detach().double() for one in sums])
 
-    def __post_init__(self) -> None:
-        for name in ("clip_low", "clip_high", "beta"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+
+def _sequence_mean(values: Tensor, ids: Tensor, sequences: int) -> Tensor:
+    counts = torch.bincount(ids, minlength=sequences).clamp(min=1)
+    return values.new_zeros(sequences).index_add(0, ids, values) / counts  # [S]
+
+
+def _correction(apart: Tensor, ids: Tensor, sequences: int, config: PolicyLossConfig) -> Tensor:
+    low, high = config.correction_low, config.correction_high
+    w = apart.clamp(-_LIMIT, _LIMIT).exp()
+    if config.correction == "truncate":
+        return w.clamp(max=high)
+    if config.correction == "mask":
+        return torch.where((w >= low) & (w <= high), w, 0.0)
+    if config.correction == "mask_sequence":
+        whole = _sequence_mean(apart, ids, sequences).exp()[ids]
+        return ((whole >= low) & (whole <= high)).to(apart.dtype)
+    return torch.ones_like(apart)
+
+
+def _kl(d: Tensor, config: PolicyLossConfig) -> Tensor:
+    d = d.clamp(-_LIMIT, _LIMIT)
+    if config.kl == "k1":
+        return -d
+    return 0.5 * d.square() if config.kl == "k2" else d.exp() - 1 - d
+
+
+def _extremes(ratio: Tensor) -> tuple[Tensor, Tensor]:
+    if not ratio.numel():
+        return ratio.new_zeros(()), ratio.new_full((), torch.inf)
+    return ratio.max(), ratio.min()
 
 
 def policy_loss(
@@ -50,67 +133,209 @@ def policy_loss(
     rollout_logprobs: Tensor | None = None,
     config: PolicyLossConfig,
     token_count: int | None = None,
+    sequence_count: int | None = None,
+    sequence_lengths: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss (scalar, autograd) and statistics of packed response tokens.
+    """Loss and statistics of packed response tokens.
 
-    logprobs, old_logprobs, ref_logprobs, rollout_logprobs [T]; advantages [S];
-    sequence_ids [T] int64 into advantages. `ref_logprobs` is needed when beta > 0.
-    `rollout_logprobs` (the generator's) is compared with `old_logprobs` and reported as
-    `logprob_mismatch`. `token_count` is the global number of tokens; default T.
+    Args:
+        logprobs, old_logprobs: [T], of the policy as it is and as it was when the update began.
+        advantages: [S], one a sequence.
+        sequence_ids: [T] int64 into advantages, in non-decreasing order.
+        ref_logprobs: [T], of the reference model; needed when beta > 0.
+        rollout_logprobs: [T], of the generator; needed by a correction, and measured against
+            `old_logprobs` as `logprob_mismatch`.
+        config: the objective; `variant("dapo")` gives a published one.
+        token_count: response tokens of the whole update; default T.
+        sequence_count: sequences of the whole update, for normalize "sequence" and "fixed";
+            default S.
+        sequence_lengths: [S] response tokens of each whole sequence, for normalize "sequence";
+            default what is here. Needed when a call sees parts of sequences.
+
+    Returns:
+        The loss, a scalar, differentiable once in logprobs and in nothing else; and statistics,
+        scalars by TRL's names, `kl` only with ref_logprobs, `logprob_mismatch` and
+        `correction_mean` only with rollout_logprobs.
+
+    Raises:
+        ValueError: shapes, devices, ids or counts that cannot be meant, or a missing input.
     """
-    _check(logprobs, old_logprobs, advantages, sequence_ids, ref_logprobs, rollout_logprobs)
+    others = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs}
+    others["rollout_logprobs"] = rollout_logprobs
+    _check(logprobs, advantages, sequence_ids, others)
     if config.beta > 0 and ref_logprobs is None:
         raise ValueError("ref_logprobs is needed when beta > 0; give it or set beta to 0")
-    count = logprobs.numel() if token_count is None else token_count
-    advantage = advantages.float()[sequence_ids]  # [T]
-    log_ratio = (logprobs - old_logprobs).clamp(-_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT)
-    ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    per_token = -torch.minimum(ratio * advantage, clipped * advantage)
+    if config.correction != "none" and rollout_logprobs is None:
+        raise ValueError(
+            f"rollout_logprobs is needed by correction {config.correction!r}; give it or set"
+            " correction to none"
+        )
+    tokens = len(logprobs) if token_count is None else token_count
+    sequences = len(advantages) if sequence_count is None else sequence_count
+    weights = _weights(sequence_ids, len(advantages), tokens, sequences, sequence_lengths, config)
+    weights = weights.to(logprobs.dtype if logprobs.dtype == torch.float64 else torch.float32)
+    backend = choose("policy_loss", logprobs, native=logprobs.dtype == torch.float32)
+    if backend == "reference":
+        loss, sums = reference(
+            logprobs, old_logprobs, advantages, sequence_ids, weights, ref_logprobs,
+            rollout_logprobs, config,
+        )  # fmt: skip
+    else:
+        loss, _, sums = _op(
+            logprobs, old_logprobs.float(), advantages.float(), sequence_ids, weights,
+            _float(ref_logprobs), _float(rollout_logprobs), _settings(config), backend,
+        )  # fmt: skip
+    return loss, _named(sums, max(tokens, 1), ref_logprobs is not None, rollout_logprobs)
+
+
+def _float(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.float()
+
+
+def _weights(
+    ids: Tensor,
+    here: int,
+    tokens: int,
+    sequences: int,
+    lengths: Tensor | None,
+    config: PolicyLossConfig,
+) -> Tensor:
+    """What a token of each sequence counts, fp64 [S]."""
+    if config.normalize == "token":
+        return torch.full((here,), 1 / max(tokens, 1), dtype=torch.float64, device=ids.device)
+    if config.normalize == "fixed":
+        assert config.max_length is not None
+        each = 1 / (sequences * config.max_length)
+        return torch.full((here,), each, dtype=torch.float64, device=ids.device)
+    lengths = torch.bincount(ids, minlength=here) if lengths is None else lengths
+    return 1 / (lengths.clamp(min=1).double() * sequences)
+
+
+def _settings(config: PolicyLossConfig) -> list[float]:
+    """PolicySettings of csrc/policy_loss.h, field by field; the Triton kernel takes the same."""
+    return [
+        config.ratio == "sequence",
+        config.objective == "cispo",
+        1 - config.clip_low,
+        1 + config.clip_high,
+        config.dual_clip or 0.0,
+        config.beta,
+        int(config.kl[1]),
+        ("none", "truncate", "mask", "mask_sequence").index(config.correction),
+        config.correction_low,
+        config.correction_high,
+    ]
+
+
+def _named(sums: Tensor, tokens: int, ref: bool, rollout: Tensor | None) -> dict[str, Tensor]:
     stats = {
-        "clip_ratio/low_mean": ((ratio < 1 - config.clip_low) & (advantage < 0)).float(),
-        "clip_ratio/high_mean": ((ratio > 1 + config.clip_high) & (advantage > 0)).float(),
+        name: value if name in _EXTREMES_AND_COUNTS else value / tokens
+        for name, value in zip(STATS, sums.unbind(), strict=True)
     }
-    if ref_logprobs is not None:
-        log_ref = (ref_logprobs - logprobs).clamp(-_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT)
-        kl = log_ref.exp() - 1 - log_ref
-        per_token = per_token + config.beta * kl
-        stats["kl"] = kl
-    if rollout_logprobs is not None:
-        stats["logprob_mismatch"] = (old_logprobs - rollout_logprobs).abs()
-    means = {name: value.detach().sum() / count for name, value in stats.items()}
-    means["ratio_max"] = ratio.detach().max() if ratio.numel() else torch.ones(())
-    return per_token.sum() / count, means
+    if not ref:
+        del stats["kl"]
+    if rollout is None:
+        del stats["logprob_mismatch"], stats["correction_mean"]
+    return stats
 
 
-def _check(
+@custom_op("rmr1::policy_loss", mutates_args=())
+def _op(
     logprobs: Tensor,
     old: Tensor,
     advantages: Tensor,
-    sequence_ids: Tensor,
+    ids: Tensor,
+    weights: Tensor,
     ref: Tensor | None,
     rollout: Tensor | None,
+    settings: list[float],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, its slope in every log-probability [T], and the sums of STATS, fp64 [9]."""
+    if backend == "triton":
+        from rmr1.kernels import policy_loss_triton
+
+        return policy_loss_triton.policy_loss(
+            logprobs, old, advantages, ids, weights, ref, rollout, settings
+        )
+    counts = torch.bincount(ids, minlength=len(advantages))
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])  # [S + 1]
+    slope = torch.empty_like(logprobs, memory_format=torch.contiguous_format)
+    loss, *sums = _C.policy_loss(
+        logprobs.contiguous(),
+        old.contiguous(),
+        None if ref is None else ref.contiguous(),
+        None if rollout is None else rollout.contiguous(),
+        offsets,
+        advantages.contiguous(),
+        weights,
+        settings,
+        slope,
+    )
+    return torch.tensor(loss), slope, torch.tensor(sums, dtype=torch.float64)
+
+
+@_op.register_fake
+def _(
+    logprobs: Tensor,
+    old: Tensor,
+    advantages: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    ref: Tensor | None,
+    rollout: Tensor | None,
+    settings: list[float],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        logprobs.new_empty((), dtype=torch.float32),
+        torch.empty_like(logprobs),
+        logprobs.new_empty(len(STATS), dtype=torch.float64),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(output[1])
+
+
+def _differentiate(ctx: Any, on_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    (slope,) = ctx.saved_tensors
+    return (on_loss * slope, *[None] * 8)
+
+
+_op.register_autograd(_differentiate, setup_context=_save)
+
+
+def _check(
+    logprobs: Tensor, advantages: Tensor, ids: Tensor, others: dict[str, Tensor | None]
 ) -> None:
-    if logprobs.ndim != 1:
-        raise ValueError(f"logprobs must be a vector [T], got shape {tuple(logprobs.shape)}")
-    others = {
-        "old_logprobs": old,
-        "sequence_ids": sequence_ids,
-        "ref_logprobs": ref,
-        "rollout_logprobs": rollout,
-    }
-    for name, value in others.items():
+    if logprobs.ndim != 1 or not logprobs.is_floating_point():
+        raise ValueError(
+            f"logprobs must be a floating vector [T], got {logprobs.dtype} of shape"
+            f" {tuple(logprobs.shape)}"
+        )
+    for name, value in {**others, "sequence_ids": ids}.items():
         if value is not None and value.shape != logprobs.shape:
             raise ValueError(
                 f"{name} must have the shape of logprobs {tuple(logprobs.shape)}, got"
                 f" {tuple(value.shape)}"
             )
-    if advantages.ndim != 1:
-        raise ValueError(f"advantages must be a vector [S], got shape {tuple(advantages.shape)}")
-    if sequence_ids.numel() and not (
-        int(sequence_ids.min()) >= 0 and int(sequence_ids.max()) < advantages.numel()
-    ):
+        if value is not None and value.device != logprobs.device:
+            raise ValueError(f"{name} must be on {logprobs.device}, got {value.device}")
+    if advantages.ndim != 1 or advantages.device != logprobs.device:
         raise ValueError(
-            f"sequence_ids must lie in 0..{advantages.numel() - 1} (one per advantage), got"
-            f" {int(sequence_ids.min())}..{int(sequence_ids.max())}"
+            f"advantages must be a vector [S] on {logprobs.device}, got shape"
+            f" {tuple(advantages.shape)} on {advantages.device}"
+        )
+    if ids.dtype != torch.int64:
+        raise ValueError(f"sequence_ids must be int64, got {ids.dtype}")
+    if torch.compiler.is_compiling() or not ids.numel():
+        return
+    low, high = int(ids[0]), int(ids[-1])
+    if bool((ids[1:] < ids[:-1]).any()):
+        raise ValueError("sequence_ids must not decrease: the tokens of a sequence stand together")
+    if low < 0 or high >= len(advantages):
+        raise ValueError(
+            f"sequence_ids must lie in 0..{len(advantages) - 1} (one per advantage), got"
+            f" {low}..{high}"
         )
