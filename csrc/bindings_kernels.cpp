@@ -10,6 +10,7 @@
 #include <array>
 
 #include "cpu.h"
+#include "group_advantage.h"
 #include "policy_loss.h"
 #include "token_logprob.h"
 
@@ -76,6 +77,15 @@ nb::tuple policy_loss(const Vector<const float>& logprobs, const Vector<const fl
                           sums.ratio_max, sums.ratio_min, sums.mismatch, sums.correction, sums.bad);
 }
 
+void group_advantages(const Vector<const float>& rewards, const Vector<const std::int64_t>& offsets,
+                      bool divide_by_std, bool leave_one_out,
+                      const Maybe<const std::int64_t>& token_offsets, const Vector<float>& out,
+                      float eps) {
+    rmr1::group_advantages(rewards.data(), offsets.data(),
+                           static_cast<std::int64_t>(offsets.shape(0)) - 1, divide_by_std,
+                           leave_one_out, data(token_offsets), out.data(), eps);
+}
+
 }  // namespace
 
 void rmr1_bind_kernels(nb::module_& m) {
@@ -88,6 +98,9 @@ void rmr1_bind_kernels(nb::module_& m) {
     m.def("logit_gradient", &logit_gradient, nb::arg("z"), nb::arg("first"), nb::arg("targets"),
           nb::arg("peak"), nb::arg("log_sum"), nb::arg("entropy").none(),
           nb::arg("on_logprob").none(), nb::arg("on_entropy").none(), nb::arg("threads"), unlocked);
+    m.def("group_advantages", &group_advantages, nb::arg("rewards"), nb::arg("offsets"),
+          nb::arg("divide_by_std"), nb::arg("leave_one_out"), nb::arg("token_offsets").none(),
+          nb::arg("out"), nb::arg("eps"), unlocked);
     m.def("policy_loss", &policy_loss, nb::arg("logprobs"), nb::arg("old"), nb::arg("ref").none(),
           nb::arg("rollout").none(), nb::arg("offsets"), nb::arg("advantages"), nb::arg("weights"),
           nb::arg("settings"), nb::arg("slope"));

@@ -134,3 +134,14 @@ def policy_loss(
     slope: Tensor,
 ) -> tuple[float, ...]:
     """Loss and nine sums; writes the slope [T]; csrc/policy_loss.h."""
+
+def group_advantages(
+    rewards: Tensor,
+    offsets: Tensor,
+    divide_by_std: bool,
+    leave_one_out: bool,
+    token_offsets: Tensor | None,
+    out: Tensor,
+    eps: float,
+) -> None:
+    """Write the advantages of samples or tokens into `out`; csrc/group_advantage.h."""

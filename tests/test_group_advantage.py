@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from rmr1.kernels.dispatch import use
 from rmr1.kernels.group_advantage import EPS, group_advantages
+
+
+@pytest.fixture(autouse=True, params=["reference", "native", "triton"])
+def every_backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    """All tests here, with every implementation."""
+    with use(request.param):
+        yield
 
 
 def plain(rewards: list[list[float]], scale: str, baseline: str) -> list[float]:
@@ -46,6 +55,17 @@ def test_equals_a_plain_loop_on_ragged_groups(scale: Any, baseline: Any) -> None
     assert found.dtype == torch.float32
     assert found.abs().max() > 0.5
     torch.testing.assert_close(found, torch.tensor(plain(RAGGED, scale, baseline)))
+
+
+@pytest.mark.parametrize("scale", ["std", "none"])
+def test_tokens_get_the_advantage_of_their_sample(scale: Any) -> None:
+    counts = torch.tensor([3, 0, 700, 1, 5, 512, 0, 2, 9, 1024, 1, 4, 6])
+    ids = ids_of(RAGGED)
+    samples = group_advantages(flat(RAGGED), ids, scale=scale)
+    tokens = group_advantages(flat(RAGGED), ids, scale=scale, token_counts=counts)
+    assert tokens.shape == (int(counts.sum()),)
+    assert torch.equal(tokens, samples.repeat_interleave(counts))
+    assert tokens.abs().max() > 0.5
 
 
 def test_hand_worked_group() -> None:
@@ -95,6 +115,9 @@ def test_whole_numbers_and_nothing_at_all() -> None:
         ({"rewards": torch.tensor([1.0, torch.nan])}, "finite"),
         ({"rewards": torch.tensor([1.0, torch.inf])}, "finite"),
         ({"group_ids": torch.tensor([1, 0])}, "must not decrease"),
+        ({"token_counts": torch.tensor([1, 2, 3])}, "token_counts must be 2 integers"),
+        ({"token_counts": torch.tensor([1.0, 2.0])}, "got torch.float32"),
+        ({"token_counts": torch.tensor([1, -2])}, "not be negative, got -2"),
         ({"scale": "max"}, 'scale must be "std" or "none", got \'max\''),
         ({"baseline": "median"}, "baseline must be"),
     ],

@@ -33,7 +33,7 @@ from triton.compiler import ASTSource
 from rmr1.kernels.tuning import Case
 
 # Every file with Triton kernels; each has CASES.
-MODULES = ("policy_loss_triton", "token_logprob_triton")
+MODULES = ("group_advantage_triton", "policy_loss_triton", "token_logprob_triton")
 BEGIN, END = "<!-- compile gate: begin -->", "<!-- compile gate: end -->"
 
 

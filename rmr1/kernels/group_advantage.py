@@ -8,47 +8,28 @@ A group of one, and a group of equal rewards, has advantage exactly 0.
 Source: DeepSeekMath (arXiv 2402.03300) for GRPO, Ahmadian et al. (arXiv 2402.14740) for RLOO,
 Liu et al. (arXiv 2503.20783) for the version without std.
 
-Shapes: N samples, P groups.
+Shapes: N samples, P groups, T packed tokens of the samples.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
+
+from rmr1 import _C
+from rmr1.kernels.dispatch import choose
 
 EPS = 1e-4  # TRL's value
 
+Scale = Literal["std", "none"]
+Baseline = Literal["mean", "loo"]
 
-def group_advantages(
-    rewards: Tensor,
-    group_ids: Tensor,
-    *,
-    scale: Literal["std", "none"] = "std",
-    baseline: Literal["mean", "loo"] = "mean",
-) -> Tensor:
-    """Advantages of samples within their groups.
 
-    rewards [N] float, group_ids [N] int64 in non-decreasing order (a group's samples stand
-    together) -> [N] fp32. ValueError if shapes, order or options are off, or a reward is not
-    finite.
-    """
-    if rewards.ndim != 1 or group_ids.shape != rewards.shape:
-        raise ValueError(
-            f"rewards and group_ids must be two vectors of one length, got shapes"
-            f" {tuple(rewards.shape)} and {tuple(group_ids.shape)}"
-        )
-    if scale not in ("std", "none"):
-        raise ValueError(f'scale must be "std" or "none", got {scale!r}')
-    if baseline not in ("mean", "loo"):
-        raise ValueError(f'baseline must be "mean" or "loo", got {baseline!r}')
-    rewards = rewards.float()
-    if not bool(torch.isfinite(rewards).all()):
-        raise ValueError("rewards must be finite, got NaN or inf")
-    if bool((group_ids[1:] < group_ids[:-1]).any()):
-        raise ValueError("group_ids must not decrease: keep a group's samples together")
-
+def reference(rewards: Tensor, group_ids: Tensor, scale: Scale, baseline: Baseline) -> Tensor:
+    """The op in plain torch: [N] and [N] -> [N]."""
     _, index = torch.unique_consecutive(group_ids, return_inverse=True)  # [N] in 0..P-1
     groups = int(index[-1]) + 1 if index.numel() else 0
     count = torch.bincount(index, minlength=groups).float()  # [P]
@@ -66,3 +47,116 @@ def group_advantages(
 
 def _group_sum(values: Tensor, index: Tensor, groups: int) -> Tensor:
     return values.new_zeros(groups).index_add(0, index, values)  # [P]
+
+
+def group_advantages(
+    rewards: Tensor,
+    group_ids: Tensor,
+    *,
+    scale: Scale = "std",
+    baseline: Baseline = "mean",
+    token_counts: Tensor | None = None,
+) -> Tensor:
+    """Advantages of samples within their groups.
+
+    Args:
+        rewards: [N] float.
+        group_ids: [N] int64 in non-decreasing order: a group's samples stand together.
+        scale: "std" divides by the group's standard deviation.
+        baseline: "mean" of the group, or "loo": of the others.
+        token_counts: [N] int64, how many packed tokens each sample has; then every token gets the
+            advantage of its sample, in the same launch.
+
+    Returns:
+        [N] fp32, or with `token_counts` [T] fp32 with T their sum. No gradient.
+
+    Raises:
+        ValueError: shapes, order, devices, counts or options that cannot be meant, or a reward
+            that is not finite.
+    """
+    _check(rewards, group_ids, token_counts, scale, baseline)
+    rewards = rewards.detach().float()
+    backend = choose("group_advantages", rewards, native=True)
+    if backend == "reference":
+        advantages = reference(rewards, group_ids, scale, baseline)
+        return advantages if token_counts is None else advantages.repeat_interleave(token_counts)
+    total = None if token_counts is None else int(token_counts.sum())
+    return _op(rewards, group_ids, scale == "std", baseline == "loo", token_counts, total, backend)
+
+
+@custom_op("rmr1::group_advantages", mutates_args=())
+def _op(
+    rewards: Tensor,
+    group_ids: Tensor,
+    divide_by_std: bool,
+    leave_one_out: bool,
+    token_counts: Tensor | None,
+    total: int | None,
+    backend: str,
+) -> Tensor:
+    """`total` is the number of tokens, None without token_counts."""
+    _, sizes = torch.unique_consecutive(group_ids, return_counts=True)
+    offsets = _offsets(sizes)  # [P + 1]
+    tokens = None if token_counts is None else _offsets(token_counts)  # [N + 1]
+    out = rewards.new_empty(len(rewards) if total is None else total)
+    rewards = rewards.contiguous()
+    if backend == "triton":
+        from rmr1.kernels import group_advantage_triton
+
+        group_advantage_triton.group_advantages(
+            rewards, offsets, divide_by_std, leave_one_out, tokens, out, EPS
+        )
+    else:
+        _C.group_advantages(rewards, offsets, divide_by_std, leave_one_out, tokens, out, EPS)
+    return out
+
+
+@_op.register_fake
+def _(
+    rewards: Tensor,
+    group_ids: Tensor,
+    divide_by_std: bool,
+    leave_one_out: bool,
+    token_counts: Tensor | None,
+    total: int | None,
+    backend: str,
+) -> Tensor:
+    return rewards.new_empty(len(rewards) if total is None else total)
+
+
+def _offsets(counts: Tensor) -> Tensor:
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def _check(
+    rewards: Tensor, group_ids: Tensor, token_counts: Tensor | None, scale: str, baseline: str
+) -> None:
+    if rewards.ndim != 1 or group_ids.shape != rewards.shape:
+        raise ValueError(
+            f"rewards and group_ids must be two vectors of one length, got shapes"
+            f" {tuple(rewards.shape)} and {tuple(group_ids.shape)}"
+        )
+    for name, value, known in (
+        ("scale", scale, get_args(Scale)),
+        ("baseline", baseline, get_args(Baseline)),
+    ):
+        if value not in known:
+            raise ValueError(f'{name} must be "{known[0]}" or "{known[1]}", got {value!r}')
+    for name, ids in (("group_ids", group_ids), ("token_counts", token_counts)):
+        if ids is None:
+            continue
+        if ids.is_floating_point() or ids.shape != rewards.shape:
+            raise ValueError(
+                f"{name} must be {len(rewards)} integers, got {ids.dtype} of shape"
+                f" {tuple(ids.shape)}"
+            )
+        if ids.device != rewards.device:
+            raise ValueError(f"{name} must be on {rewards.device}, got {ids.device}")
+    if torch.compiler.is_compiling():
+        return
+    if not bool(torch.isfinite(rewards).all()):
+        raise ValueError("rewards must be finite, got NaN or inf")
+    if bool((group_ids[1:] < group_ids[:-1]).any()):
+        raise ValueError("group_ids must not decrease: keep a group's samples together")
+    if token_counts is not None and bool((token_counts < 0).any()):
+        raise ValueError(f"token_counts must not be negative, got {int(token_counts.min())}")
