@@ -12,6 +12,9 @@
 #include "cpu.h"
 #include "group_advantage.h"
 #include "policy_loss.h"
+#include "rmsnorm.h"
+#include "rope.h"
+#include "swiglu.h"
 #include "token_logprob.h"
 
 namespace nb = nanobind;
@@ -86,6 +89,55 @@ void group_advantages(const Vector<const float>& rewards, const Vector<const std
                            leave_one_out, data(token_offsets), out.data(), eps);
 }
 
+using Matrix = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using ConstMatrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+template <class Array>
+auto* data_of(const std::optional<Array>& array) {
+    return array ? array->data() : nullptr;
+}
+
+template <class Array>
+std::int64_t size(const Array& array, std::size_t axis) {
+    return static_cast<std::int64_t>(array.shape(axis));
+}
+
+void swiglu(const ConstMatrix& gate, const ConstMatrix& up, const Matrix& out, int threads) {
+    rmr1::swiglu(gate.data(), up.data(), out.data(), static_cast<std::int64_t>(out.size()), threads);
+}
+
+void swiglu_backward(const ConstMatrix& on_out, const ConstMatrix& gate, const ConstMatrix& up,
+                     const Matrix& on_gate, const Matrix& on_up, int threads) {
+    rmr1::swiglu_backward(on_out.data(), gate.data(), up.data(), on_gate.data(), on_up.data(),
+                          static_cast<std::int64_t>(on_out.size()), threads);
+}
+
+void rmsnorm(const ConstMatrix& x, const std::optional<ConstMatrix>& added,
+             const Vector<const float>& weight, const std::optional<Matrix>& sum, const Matrix& y,
+             const Maybe<float>& scale, float eps, int threads) {
+    rmr1::rmsnorm({x.data(), data_of(added), weight.data(), data_of(sum), y.data(), data(scale),
+                   size(x, 0), size(x, 1), eps},
+                  threads);
+}
+
+void rmsnorm_backward(const ConstMatrix& on_y, const std::optional<ConstMatrix>& on_sum,
+                      const ConstMatrix& x, const Vector<const float>& weight,
+                      const Vector<const float>& scale, const Matrix& on_x,
+                      const Matrix& on_weight, int threads) {
+    rmr1::rmsnorm_backward({on_y.data(), data_of(on_sum), x.data(), weight.data(), scale.data(),
+                            on_x.data(), on_weight.data(), size(x, 0), size(x, 1),
+                            size(on_weight, 0)},
+                           threads);
+}
+
+void rope(const nb::ndarray<const float, nb::ndim<3>, nb::device::cpu>& x, const ConstMatrix& cos,
+          const ConstMatrix& sin, const nb::ndarray<float, nb::ndim<3>, nb::c_contig>& y, bool back,
+          int threads) {
+    rmr1::rope({x.data(), cos.data(), sin.data(), y.data(), size(x, 0), size(x, 1), size(x, 2),
+                x.stride(0), back},
+               threads);
+}
+
 }  // namespace
 
 void rmr1_bind_kernels(nb::module_& m) {
@@ -104,4 +156,16 @@ void rmr1_bind_kernels(nb::module_& m) {
     m.def("policy_loss", &policy_loss, nb::arg("logprobs"), nb::arg("old"), nb::arg("ref").none(),
           nb::arg("rollout").none(), nb::arg("offsets"), nb::arg("advantages"), nb::arg("weights"),
           nb::arg("settings"), nb::arg("slope"));
+    m.def("swiglu", &swiglu, nb::arg("gate"), nb::arg("up"), nb::arg("out"), nb::arg("threads"),
+          unlocked);
+    m.def("swiglu_backward", &swiglu_backward, nb::arg("on_out"), nb::arg("gate"), nb::arg("up"),
+          nb::arg("on_gate"), nb::arg("on_up"), nb::arg("threads"), unlocked);
+    m.def("rmsnorm", &rmsnorm, nb::arg("x"), nb::arg("added").none(), nb::arg("weight"),
+          nb::arg("sum").none(), nb::arg("y"), nb::arg("scale").none(), nb::arg("eps"),
+          nb::arg("threads"), unlocked);
+    m.def("rmsnorm_backward", &rmsnorm_backward, nb::arg("on_y"), nb::arg("on_sum").none(),
+          nb::arg("x"), nb::arg("weight"), nb::arg("scale"), nb::arg("on_x"), nb::arg("on_weight"),
+          nb::arg("threads"), unlocked);
+    m.def("rope", &rope, nb::arg("x"), nb::arg("cos"), nb::arg("sin"), nb::arg("y"),
+          nb::arg("back"), nb::arg("threads"), unlocked);
 }

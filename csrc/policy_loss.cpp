@@ -11,11 +11,6 @@ namespace rmr1::RMR1_ISA {
 // exp of a larger log-ratio says only "far off".
 constexpr float limit = 20.0f;
 
-// NaN stays NaN.
-RMR1_INLINE vf bounded(vf x, float low, float high) {
-    const vf raised = x < low ? splat(low) : x;
-    return raised > high ? splat(high) : raised;
-}
 RMR1_INLINE vf where_inside(vf x, vf value) {
     return (x >= -limit) & (x <= limit) ? value : vf{};
 }

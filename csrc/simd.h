@@ -25,9 +25,14 @@ RMR1_INLINE void store_some(float* p, vf x, int count) {
     for (int i = 0; i < count; ++i) p[i] = x[i];
 }
 
-// NaN in either stays NaN in the first argument's place only: see `largest` for sums that keep it.
+// x within [low, high]; NaN stays NaN.
+RMR1_INLINE vf bounded(vf x, float low, float high) {
+    const vf raised = x < low ? splat(low) : x;
+    return raised > high ? splat(high) : raised;
+}
+
+// Where `a` is NaN, `b`: a maximum over values that may hold NaN keeps the others.
 RMR1_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
-RMR1_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
 
 RMR1_INLINE float sum_of(vf x) {
     float total = 0;
@@ -58,6 +63,12 @@ RMR1_INLINE vf exp(vf x) {
     const vi power = ((vi)scaled - (vi)magic + 127) << 23;
     const vf result = y * (vf)power;
     return x < -87.3f ? vf{} : result;
+}
+
+// 1 / (1 + exp(-x)), and 0 below -87; NaN stays NaN.
+RMR1_INLINE vf sigmoid(vf x) {
+    const vf s = 1.0f / (1.0f + exp(-bounded(x, -87.0f, 87.0f)));
+    return x < -87.0f ? vf{} : s;
 }
 
 }  // namespace rmr1::RMR1_ISA

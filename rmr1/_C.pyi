@@ -145,3 +145,38 @@ def group_advantages(
     eps: float,
 ) -> None:
     """Write the advantages of samples or tokens into `out`; csrc/group_advantage.h."""
+
+def swiglu(gate: Tensor, up: Tensor, out: Tensor, threads: int) -> None:
+    """Write silu(gate) * up, [R, I] each; csrc/swiglu.h."""
+
+def swiglu_backward(
+    on_out: Tensor, gate: Tensor, up: Tensor, on_gate: Tensor, on_up: Tensor, threads: int
+) -> None:
+    """Write the gradients of gate and up, [R, I] each; csrc/swiglu.h."""
+
+def rmsnorm(
+    x: Tensor,
+    added: Tensor | None,
+    weight: Tensor,
+    sum: Tensor | None,
+    y: Tensor,
+    scale: Tensor | None,
+    eps: float,
+    threads: int,
+) -> None:
+    """Write the norm of x [R, H], or of x + added and that sum too; csrc/rmsnorm.h."""
+
+def rmsnorm_backward(
+    on_y: Tensor,
+    on_sum: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    on_x: Tensor,
+    on_weight: Tensor,
+    threads: int,
+) -> None:
+    """Write the gradient of x and partial sums [P, H] of the weight's; csrc/rmsnorm.h."""
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, y: Tensor, back: bool, threads: int) -> None:
+    """Turn x [T, N, D] into y; csrc/rope.h."""

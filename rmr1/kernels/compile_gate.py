@@ -33,7 +33,14 @@ from triton.compiler import ASTSource
 from rmr1.kernels.tuning import Case
 
 # Every file with Triton kernels; each has CASES.
-MODULES = ("group_advantage_triton", "policy_loss_triton", "token_logprob_triton")
+MODULES = (
+    "group_advantage_triton",
+    "policy_loss_triton",
+    "rmsnorm_triton",
+    "rope_triton",
+    "swiglu_triton",
+    "token_logprob_triton",
+)
 BEGIN, END = "<!-- compile gate: begin -->", "<!-- compile gate: end -->"
 
 
@@ -94,7 +101,7 @@ def cases(only: str = "") -> list[Case]:
 def compile_all(chosen: list[Case], *, quick: bool = False) -> Iterator[Binary]:
     """Compile each case for each chip, in each of its configurations or (quick) in the first."""
     for case in chosen:
-        configs = getattr(case.kernel, "configs", [triton.Config({})])
+        configs = getattr(case.kernel, "configs", [triton.Config({}, num_warps=case.warps)])
         for config in configs[:1] if quick else configs:
             for chip in CHIPS:
                 yield _compile(case, config, chip)

@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rmr1 import _C
+from rmr1.kernels.dispatch import Backend, choose
+
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 
 
@@ -93,24 +96,53 @@ def rope_tables(
     return cos.to(dtype)[:, None, :], sin.to(dtype)[:, None, :]
 
 
+def reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The turn in plain torch: x [T, N, D] by the tables of `rope_tables`."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    (real, imaginary), cos, sin = x.to(wide).chunk(2, dim=-1), cos.to(wide), sin.to(wide)
+    turned = torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], dim=-1)
+    return turned.to(x.dtype)
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn x [T, N, D] by the tables of `rope_tables`; the result has the shape and dtype of x.
 
-    Differentiable once in x; the tables get no gradient.
+    Differentiable once in x; the tables get no gradient. ValueError for shapes, dtypes or devices
+    that do not go together.
     """
+    table = (x.shape[0], 1, x.shape[-1] // 2)
+    if x.ndim != 3 or x.shape[-1] % 2 or cos.shape != table or sin.shape != table:
+        raise ValueError(
+            f"rope: x must be [T, N, D] with an even D and the tables [T, 1, D / 2], got"
+            f" {list(x.shape)}, {list(cos.shape)} and {list(sin.shape)}."
+        )
+    if not (x.dtype == cos.dtype == sin.dtype and x.device == cos.device == sin.device):
+        raise ValueError(
+            f"rope: x and the tables must share dtype and device, got {x.dtype} on {x.device},"
+            f" {cos.dtype} on {cos.device} and {sin.dtype} on {sin.device}."
+        )
+    backend = choose("rope", x, native=x.dtype == torch.float32)
+    if backend == "reference":
+        return reference(x, cos, sin)
     if not (torch.is_grad_enabled() and x.requires_grad):
-        return _turn(x, cos, sin)
-    y = _Rope.apply(x, cos, sin)
+        return _turn(x, cos, sin, backend, back=False)
+    y = _Rope.apply(x, cos, sin, backend)
     assert isinstance(y, Tensor)
     return y
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)  # [T, N, D/2] each
-    y = torch.empty_like(x)
-    real, imaginary = y.chunk(2, dim=-1)
-    torch.mul(first, cos, out=real).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=imaginary).addcmul_(first, sin)
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, backend: Backend, *, back: bool) -> Tensor:
+    # Heads stand next to each other; tokens may be further apart, as in one projection of q, k, v.
+    if x.stride()[1:] != (x.shape[2], 1):
+        x = x.contiguous()
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    cos, sin = cos.squeeze(1).contiguous(), sin.squeeze(1).contiguous()
+    if backend == "triton":
+        from rmr1.kernels import rope_triton
+
+        rope_triton.turn(x, cos, sin, y, back)
+    else:
+        _C.rope(x, cos, sin, y, back, torch.get_num_threads())
     return y
 
 
@@ -118,12 +150,13 @@ class _Rope(torch.autograd.Function):
     """The gradient of a turn is the turn back; autograd alone would take it apart step by step."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, backend: Backend) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
+        ctx.backend = backend
+        return _turn(x, cos, sin, backend, back=False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, -sin), None, None
+        return _turn(grad, cos, sin, ctx.backend, back=True), None, None, None

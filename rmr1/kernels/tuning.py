@@ -46,3 +46,5 @@ class Case:
     aligned: tuple[str, ...]
     matmul: bool = False
     streams: bool = True
+    # For a kernel without configurations to choose from.
+    warps: int = 4
