@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rmr1.engine.model_config import ModelConfig
-from rmr1.kernels.rmsnorm import rmsnorm
+from rmr1.kernels.rmsnorm import add_rmsnorm, rmsnorm
 from rmr1.kernels.rope import inverse_frequencies, rope, rope_tables
 from rmr1.kernels.swiglu import swiglu
 
@@ -35,6 +35,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] -> [..., size]."""
         return rmsnorm(x, self.weight, self.eps)
+
+    def after_sum(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of x + added, and x + added: [..., H] each."""
+        return add_rmsnorm(x, added, self.weight, self.eps)
 
 
 class SelfAttention(nn.Module):
@@ -90,8 +94,9 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """x [T, H] -> [T, H]."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        mixed = self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        normed, x = self.post_attention_layernorm.after_sum(x, mixed)
+        return x + self.mlp(normed)
 
 
 class Decoder(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rmr1.kernels.tuning import Case
 
-BLOCK = 1024
+BLOCK = 2048  # 128 bits of bf16 for each of 256 threads
 
 
 @triton.jit
