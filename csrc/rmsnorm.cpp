@@ -92,7 +92,7 @@ namespace rmr1 {
 
 void rmsnorm(const NormRows& rows, int threads) {
     const auto run = RMR1_CHOOSE(rmsnorm);
-    const std::int64_t grain = 16384 / (rows.width + 1) + 1;
+    const std::int64_t grain = 65536 / (rows.width + 1) + 1;
     parallel_for(rows.rows, grain, threads,
                  [&](std::int64_t begin, std::int64_t end) { run(rows, begin, end); });
 }

@@ -40,7 +40,7 @@ namespace rmr1 {
 
 void rope(const Turn& turn, int threads) {
     const auto run = RMR1_CHOOSE(rope);
-    const std::int64_t grain = 16384 / (turn.heads * turn.width + 1) + 1;
+    const std::int64_t grain = 65536 / (turn.heads * turn.width + 1) + 1;
     parallel_for(turn.tokens, grain, threads,
                  [&](std::int64_t begin, std::int64_t end) { run(turn, begin, end); });
 }

@@ -109,7 +109,7 @@ static void gradient_rows(const LogitTile& tile, const LogitGradient& given, std
 namespace rmr1 {
 
 // Rows for one thread: less than this is sooner done alone than shared out.
-static std::int64_t grain(const LogitTile& tile) { return 16384 / (tile.columns + 1) + 1; }
+static std::int64_t grain(const LogitTile& tile) { return 65536 / (tile.columns + 1) + 1; }
 
 void logit_stats(const LogitTile& tile, const LogitStats& stats, int threads) {
     const auto rows = RMR1_CHOOSE(stats_rows);
