@@ -40,6 +40,7 @@ MODULES = (
     "rope_triton",
     "swiglu_triton",
     "token_logprob_triton",
+    "token_loss_triton",
 )
 BEGIN, END = "<!-- compile gate: begin -->", "<!-- compile gate: end -->"
 

@@ -85,7 +85,7 @@ def token_logprobs(
         ValueError: shapes, dtypes, devices, a target or a temperature that cannot be meant, or
             hidden states that are not finite.
     """
-    hidden, weight = _autocast(hidden), _autocast(weight)
+    hidden, weight = autocasted(hidden), autocasted(weight)
     check_shapes("token_logprobs", hidden, weight, targets, temperature)
     backend = choose("token_logprobs", hidden, native=hidden.dtype != torch.float64)
     if backend == "reference":
@@ -98,7 +98,7 @@ def token_logprobs(
     return (logprobs, entropy) if return_entropy else logprobs
 
 
-def _autocast(x: Tensor) -> Tensor:
+def autocasted(x: Tensor) -> Tensor:
     """What autocast would do to an input of a linear layer."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x

@@ -4,7 +4,8 @@
 the loss of a token is a function of its own log-probability (GRPO, NLL, any clipped or
 KL-penalised token loss; not GSPO, whose ratio is the sequence's), its gradient is known as soon as
 the token's logits are, so a chunk of rows makes them once, asks for the loss, and turns them into
-gradients in place: three GEMMs. The chunk holds the logits of a few hundred rows, never [T, V].
+gradients: three GEMMs. The chunk holds the logits of a few hundred rows, never [T, V]. Rows whose
+slope is zero cost no gradient.
 
 Shapes: T tokens, C rows of a chunk, H hidden size, V words. Idea: Liger-Kernel's fused linear
 cross-entropy, opened to any token loss, with fp32 sums.
@@ -13,23 +14,21 @@ cross-entropy, opened to any token loss, with fp32 sums.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rmr1 import _C
-from rmr1.kernels import token_logprob_cpu as tiles
-from rmr1.kernels.dispatch import choose
-from rmr1.kernels.token_logprob import check_shapes, check_values, reference
+from rmr1.kernels import token_loss_cpu
+from rmr1.kernels.dispatch import Backend, choose
+from rmr1.kernels.token_logprob import autocasted, check_shapes, check_values, reference
+from rmr1.kernels.token_logprob_cpu import spans
 
 # (log-probabilities [C] with autograd, the rows of the batch that they belong to) -> their loss,
 # a scalar that adds up over the chunks
 ChunkLoss = Callable[[Tensor, slice], Tensor]
-
-# Logits of one chunk.
-CHUNK_BYTES = 48 * 1024**2
 
 
 def token_loss(
@@ -58,6 +57,7 @@ def token_loss(
         ValueError: as `token_logprobs`; or a loss that is no scalar, or does not depend on the
             log-probabilities it was given.
     """
+    hidden, weight = autocasted(hidden), autocasted(weight)
     check_shapes("token_loss", hidden, weight, targets, temperature)
     check_values("token_loss", hidden, weight, targets)
     backend = choose("token_loss", hidden, native=hidden.dtype != torch.float64)
@@ -65,7 +65,7 @@ def token_loss(
         logprobs, entropy = reference(hidden, weight, targets, temperature)
         value = loss(logprobs, slice(0, len(targets)))
         return value, logprobs.detach(), entropy.detach()
-    value, logprobs, entropy = _TokenLoss.apply(hidden, weight, targets, loss, temperature)
+    value, logprobs, entropy = _TokenLoss.apply(hidden, weight, targets, loss, temperature, backend)
     return value, logprobs, entropy
 
 
@@ -78,26 +78,25 @@ class _TokenLoss(torch.autograd.Function):
         targets: Tensor,
         loss: ChunkLoss,
         temperature: float,
+        backend: Backend,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        count, words = hidden.shape[0], weight.shape[0]
+        kernels, count = _kernels(backend), hidden.shape[0]
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
         # Summed over chunks, so in fp32 whatever the dtype of the weight.
-        grad_weight = torch.zeros(weight.shape) if need_weight else None
-        logprobs, entropy = torch.empty(count), torch.empty(count)
-        value = torch.zeros(())
-        size = min(max(1, CHUNK_BYTES // (4 * words)), max(1, count))
-        z = torch.empty(size, words)
-        for rows in tiles.spans(count, size):
-            x = tiles.scaled(hidden[rows], temperature)
-            chunk = _Chunk(x, weight, targets[rows], z[: len(x)])
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        logprobs, entropy = hidden.new_empty(2, count, dtype=torch.float32)
+        value = hidden.new_zeros((), dtype=torch.float32)
+        buffer = kernels.buffer(count, weight)
+        for rows in spans(count, len(buffer)):
+            chunk = kernels.Chunk(hidden[rows], weight, targets[rows], temperature, buffer)
             logprobs[rows], entropy[rows] = chunk.logprobs, chunk.entropy
             part, slope = _differentiate(loss, chunk.logprobs, rows)
             value += part
-            grad_x = torch.zeros_like(x) if need_hidden else None
-            chunk.backward(slope, grad_x, grad_weight)
-            if grad_hidden is not None and grad_x is not None:
-                grad_hidden[rows] = grad_x.div_(temperature)
+            if need_hidden or need_weight:
+                chunk.backward(
+                    slope, None if grad_hidden is None else grad_hidden[rows], grad_weight
+                )
         ctx.save_for_backward(
             grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
         )
@@ -108,41 +107,22 @@ class _TokenLoss(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx: Any, grad: Tensor, *_: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         grads = ctx.saved_tensors
-        if grad != 1:  # a scaled loss, such as one of several that are added up
-            grads = [None if g is None else g * grad for g in grads]
-        return grads[0], grads[1], None, None, None
+        # A scaled loss, such as one of several that are added up. To look whether it is one would
+        # wait for a GPU.
+        if grad.device.type != "cpu" or grad != 1:
+            grads = [None if g is None else g * grad.to(g.dtype) for g in grads]
+        return grads[0], grads[1], None, None, None, None
 
 
-class _Chunk:
-    """The logits z [C, V] of some rows, their log-probabilities and, at the end, their gradient."""
+def _kernels(backend: Backend) -> ModuleType:
+    """Triton is imported when it is needed first: it is there on Linux only."""
+    if backend == "triton":
+        from rmr1.kernels import token_loss_triton
 
-    def __init__(self, x: Tensor, weight: Tensor, targets: Tensor, z: Tensor) -> None:
-        self.x, self.weight, self.targets, self.z = x, weight, targets, z
-        self.peak = torch.full((len(x),), -torch.inf)
-        total, dot, target = (torch.zeros(len(x)) for _ in range(3))
-        for columns in tiles.spans(len(weight), tiles.COLUMNS):
-            tile = torch.mm(x, weight[columns].float().T, out=z[:, columns])
-            _C.logit_stats(
-                tile, columns.start, targets, self.peak, total, dot, target,
-                torch.get_num_threads(),
-            )  # fmt: skip
-        self.log_sum = total.log()
-        self.logprobs = (target - self.peak) - self.log_sum
-        self.entropy = self.log_sum - dot / total
-
-    def backward(self, slope: Tensor, grad_x: Tensor | None, grad_weight: Tensor | None) -> None:
-        """Overwrite the logits with their gradient and add it to grad_x [C, H], grad_weight."""
-        for columns in tiles.spans(len(self.weight), tiles.COLUMNS):
-            tile = self.z[:, columns]
-            _C.logit_gradient(
-                tile, columns.start, self.targets, self.peak, self.log_sum, None, slope, None,
-                torch.get_num_threads(),
-            )  # fmt: skip
-            w = self.weight[columns].float()
-            strip = None if grad_weight is None else grad_weight[columns]
-            tiles.accumulate(tile, self.x, w, grad_x, strip)
+        return token_loss_triton
+    return token_loss_cpu
 
 
 def _differentiate(loss: ChunkLoss, logprobs: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
