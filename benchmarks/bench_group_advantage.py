@@ -1,67 +1,76 @@
 """Group advantages with their broadcast to packed tokens: one launch against plain torch.
 
 python benchmarks/bench_group_advantage.py [--prompts 64 1024] [--device cuda]
+
+Rewards and advantages are float32 in every recipe. The op has no gradient.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+import sys
 
+import harness
 import torch
-from harness import in_turn, row, save, show
+from harness import Limits, Row, Run, Work
+from torch import Tensor
 
-from rmr1.kernels.dispatch import use
-from rmr1.kernels.group_advantage import group_advantages
+from rmr1.kernels.group_advantage import group_advantages, reference
 
 
-def measure(prompts: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of one size: `samples` judgments a prompt, about 800 tokens each."""
+def op(rewards: Tensor, groups: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+    return (group_advantages(rewards, groups, token_counts=tokens),)
+
+
+def plain(rewards: Tensor, groups: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+    return (reference(rewards, groups, "std", "mean").repeat_interleave(tokens),)
+
+
+def case(prompts: int, samples: int, device: str) -> list[Tensor]:
+    """Rewards, group ids and token counts, [N] each: judgments of about 800 tokens."""
+    count = prompts * samples
+    rewards = torch.randint(0, 2, (count,)) * 2.0 - 1
+    groups = torch.arange(prompts).repeat_interleave(samples)
+    return [x.to(device) for x in (rewards, groups, torch.randint(400, 1200, (count,)))]
+
+
+def measure(options: argparse.Namespace, limits: Limits) -> list[Row]:
+    """Check, then the rows of each size."""
     torch.manual_seed(0)
-    count = prompts * options.samples
-    rewards = torch.randint(0, 2, (count,), device=options.device) * 2.0 - 1
-    groups = torch.arange(prompts, device=options.device).repeat_interleave(options.samples)
-    tokens = torch.randint(400, 1200, (count,), device=options.device)
+    # Rewards that are not all 1 or -1: their means are exact in fp32 and would hide a fault.
+    rewards, groups, tokens = case(37, options.group, options.device)
+    given = [rewards + torch.randn(len(rewards)).to(rewards), groups, tokens]
+    error = harness.check("group_advantages", op, plain, given, 0)
+    rows = []
+    for prompts in options.prompts or ([8] if options.quick else [16, 256, 1024]):
+        inputs = case(prompts, options.group, options.device)
+        total = int(inputs[2].sum())
+        work = Work(
+            f"{prompts} prompts x {options.group}",
+            # Sum, sum of squares and the quotient of every sample.
+            6.0 * len(inputs[0]),
+            # An fp32 reward, an int64 group and an int64 count in, an fp32 advantage a token out.
+            20.0 * len(inputs[0]) + 4 * total,
+        )
+        runs: dict[str, Run] = {
+            "copy of the bytes": harness.copy_of(work.bytes, options.device),
+            "rmr1 group_advantages": lambda given=inputs: op(*given),
+            "plain torch": lambda given=inputs: plain(*given),
+        }
+        if options.compile:
+            compiled = torch.compile(plain)
+            runs["torch.compile"] = lambda f=compiled, given=inputs: f(*given)
+        errors = {"rmr1 group_advantages": error}
+        rows += harness.measure(work, runs, options, limits, errors, results=4 * total)
+    return rows
 
-    def op() -> object:
-        return group_advantages(rewards, groups, token_counts=tokens)
 
-    def plain() -> object:
-        with use("reference"):
-            return op()
-
-    runs: dict[str, Callable[[], object]] = {
-        "write of the bytes": lambda: torch.zeros(int(tokens.sum()), device=options.device),
-        "rmr1 group_advantages": op,
-        "plain torch": plain,
-    }
-    seconds = in_turn(runs, options.repeats, options.device)
-    workload = f"{prompts} prompts x {options.samples}"
-    return [row(workload, name, seconds[name], options.device) for name in runs]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--prompts", type=int, nargs="+", default=[16, 256, 1024])
-    parser.add_argument("--samples", type=int, default=7)
-    parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--output", type=Path, default=Path("results/bench_group_advantage.json"))
-    options = parser.parse_args()
-    rows = [one for prompts in options.prompts for one in measure(prompts, options)]
-    show(
-        f"Group advantage by token, {rows[0]['device']}, {rows[0]['threads']} threads",
-        rows,
-        {
-            "workload": lambda one: one["workload"],
-            "provider": lambda one: one["provider"],
-            "microseconds": lambda one: f"{1e6 * one['median']:.0f}",
-        },
-    )
-    save(rows, options.output)
+def main() -> int:
+    parser = harness.arguments(__doc__, "group_advantage", samples=30)
+    parser.add_argument("--prompts", type=int, nargs="+", help="default 16 256 1024")
+    parser.add_argument("--group", type=int, default=7, help="samples of a prompt")
+    return harness.run(parser, "Group advantage by token", measure)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

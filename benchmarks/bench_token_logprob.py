@@ -3,133 +3,175 @@
     python benchmarks/bench_token_logprob.py [--tokens 1024 4096] [--device cuda --dtype bfloat16]
 
 Providers: three GEMMs of the same shapes (the least any implementation must do), the op and the
-callback form of rmr1, naive torch, torch's linear_cross_entropy plain and chunked, and Liger's
-fused linear cross-entropy where it is installed and a GPU is there. All get the same inputs and
-give the gradient of the mean negative log-likelihood. Peak memory does not count the gradients.
+callback form of rmr1, naive torch (compiled too on a GPU), torch's linear_cross_entropy plain and
+chunked, and where liger-kernel is installed its chunked GRPO loss and, on a GPU, its fused linear
+cross-entropy. All get the same inputs and give the gradient of the mean negative log-likelihood.
+Peak memory does not count the gradients. Shapes: of SmolLM2-135M on a CPU, of Qwen2.5-7B on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
+import harness
 import torch
-from harness import in_turn, peak_bytes, row, save, show
+from harness import Limits, Row, Run, Work
 from torch import Tensor
 from torch.nn import functional as F
 
-from rmr1.kernels.token_logprob import token_logprobs
+from rmr1.kernels.token_logprob import reference, token_logprobs
 from rmr1.kernels.token_loss import token_loss
 
-GEMMS = "three bare GEMMs"
+SHAPES = {"cpu": (576, 49152), "cuda": (3584, 152064)}
+TOKENS = {"cpu": [256, 1024, 4096, 16384], "cuda": [1024, 4096, 16384]}
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def providers(x: Tensor, w: Tensor, y: Tensor) -> dict[str, Callable[[], object]]:
-    """Every way to the gradients of x [T, H] and w [V, H]."""
-    count = len(y)
+def op_loss(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    return -token_logprobs(x, w, y).mean()
 
-    def gemms() -> None:
-        # A slice of rows at a time: the whole [T, V] would measure the memory and not the GEMM.
-        for start in range(0, count, 512):
-            part = x.detach()[start : start + 512]
-            z = part @ w.detach().T
-            z @ w.detach()
-            z.T @ part
 
-    def backward(loss: Tensor) -> None:
-        torch.autograd.grad(loss, (x, w))
+def callback_loss(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    return token_loss(x, w, y, lambda logprobs, _rows: -logprobs.sum() / len(y))[0]
 
-    def naive() -> None:
-        z = (x @ w.T).float()
-        backward(-z.log_softmax(dim=1).gather(1, y[:, None]).mean())
 
-    found: dict[str, Callable[[], object]] = {
-        GEMMS: gemms,
-        "rmr1 token_logprobs": lambda: backward(-token_logprobs(x, w, y).mean()),
-        "rmr1 token_loss": lambda: backward(
-            token_loss(x, w, y, lambda logprobs, _rows: -logprobs.sum() / count)[0]
-        ),
-        "naive torch": naive,
+def naive_loss(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    """What is written in plain torch: the logits [T, V] in the dtype of the model."""
+    return -(x @ w.T).float().log_softmax(dim=1).gather(1, y[:, None]).mean()
+
+
+def gemms(x: Tensor, w: Tensor) -> None:
+    # A slice of rows at a time: the whole [T, V] would measure the memory and not the GEMM.
+    slices = 512 if x.device.type == "cpu" else 4096
+    for start in range(0, len(x), slices):
+        part = x[start : start + slices]
+        z = part @ w.T
+        z @ w
+        z.T @ part
+
+
+def losses(options: argparse.Namespace) -> dict[str, Loss]:
+    """Every way to the mean negative log-likelihood."""
+    found: dict[str, Loss] = {
+        "rmr1 token_logprobs": op_loss,
+        "rmr1 token_loss": callback_loss,
+        "naive torch": naive_loss,
     }
+    if options.compile:
+        found["torch.compile"] = torch.compile(naive_loss)
     if hasattr(F, "linear_cross_entropy"):  # torch 2.13 and later
-        options = torch.nn.LinearCrossEntropyOptions()
-        found["torch linear_cross_entropy"] = lambda: backward(F.linear_cross_entropy(x, w, y))
-        found["torch linear_cross_entropy, chunked"] = lambda: backward(
-            F.linear_cross_entropy(x, w, y, options=options)
+        chunked = torch.nn.LinearCrossEntropyOptions()
+        found["torch linear_cross_entropy"] = F.linear_cross_entropy
+        found["torch linear_cross_entropy, chunked"] = lambda x, w, y: F.linear_cross_entropy(
+            x, w, y, options=chunked
         )
-    liger = _liger() if x.device.type == "cuda" else None
-    if liger is not None:
-        found["Liger fused linear cross-entropy"] = lambda: backward(liger(w, x, y))
-    return found
+    return found | _liger(options.device)
 
 
-def _liger() -> Any:
+def _liger(device: str) -> dict[str, Loss]:
     try:
+        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
     except ImportError:
-        return None
-    return LigerFusedLinearCrossEntropyLoss()
+        return {}
+    # Without old log-probabilities and with advantages of 1 its gradient is that of the mean
+    # log-probability ("bnpo" divides by all tokens). It is torch code in chunks, so a CPU runs it;
+    # what it would compile is the arithmetic on [T] only.
+    grpo = LigerFusedLinearGRPOLoss(
+        beta=0.0, compiled=device == "cuda", use_ref_model=False, loss_type="bnpo"
+    )
 
+    def chunked(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        ones = torch.ones(1, len(y), device=x.device)
+        return grpo(x[None], w, y[None], ones, ones[:, 0])[0]
 
-def measure(tokens: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of one size."""
-    torch.manual_seed(0)
-    kind = {"device": options.device, "dtype": getattr(torch, options.dtype)}
-    x = torch.randn(tokens, options.hidden, **kind).requires_grad_()
-    w = (torch.randn(options.vocabulary, options.hidden, **kind) * 0.02).requires_grad_()
-    y = torch.randint(0, options.vocabulary, (tokens,), device=options.device)
-    runs = providers(x, w, y)
-    logits = 4 * tokens * options.vocabulary
-    if 3 * logits > options.most_gb * 1e9:
-        runs = {name: run for name, run in runs.items() if "naive" not in name}
-        runs.pop("torch linear_cross_entropy", None)
-    seconds = in_turn(runs, options.samples, options.device)
-    gradients = (x.numel() + w.numel()) * x.element_size()
-    bare = sorted(seconds[GEMMS])[options.samples // 2]
-    flops = 6.0 * tokens * options.hidden * options.vocabulary
-    found = []
-    for name, run in runs.items():
-        one = row(
-            f"T={tokens} H={options.hidden} V={options.vocabulary} {options.dtype}",
-            name,
-            seconds[name],
-            options.device,
-            peak_memory_mb=max(0, peak_bytes(run, options.device) - gradients) / 2**20,
-        )
-        # Pair by pair: a slow moment of the machine meets neighbours alike.
-        ratios = sorted(a / b for a, b in zip(seconds[name], seconds[GEMMS], strict=True))
-        one |= {"gflops": flops / bare / 1e9, "x_gemms": ratios[len(ratios) // 2]}
-        found.append(one)
+    found: dict[str, Loss] = {"Liger chunked GRPO loss": chunked}
+    if device == "cuda":  # a Triton kernel
+        fused = LigerFusedLinearCrossEntropyLoss()
+        found["Liger fused linear cross-entropy"] = lambda x, w, y: fused(w, x, y)
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 4096, 16384])
-    parser.add_argument("--hidden", type=int, default=576, help="of SmolLM2-135M")
-    parser.add_argument("--vocabulary", type=int, default=49152)
-    parser.add_argument("--samples", type=int, default=5)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--most_gb", type=float, default=6.0, help="skip naive ways beyond this")
-    parser.add_argument("--output", type=Path, default=Path("results/bench_token_logprob.json"))
-    options = parser.parse_args()
-    rows = [one for tokens in options.tokens for one in measure(tokens, options)]
-    show(
-        f"Log-probability, forward and backward, {rows[0]['device']}, {rows[0]['threads']} threads",
-        rows,
-        {
-            "workload": lambda one: one["workload"],
-            "provider": lambda one: one["provider"],
-            "seconds": lambda one: f"{one['median']:.3f}",
-            "x GEMMs": lambda one: f"{one['x_gemms']:.2f}",
-            "extra MB": lambda one: f"{one['peak_memory_mb']:.0f}",
-        },
+def case(tokens: int, hidden: int, words: int, options: argparse.Namespace) -> list[Tensor]:
+    """x [T, H], w [V, H], y [T]."""
+    kind = {"device": options.device, "dtype": getattr(torch, options.dtype)}
+    x, w = torch.randn(tokens, hidden, **kind), torch.randn(words, hidden, **kind) * 0.02
+    return [x, w, torch.randint(0, words, (tokens,), device=options.device)]
+
+
+def check(options: argparse.Namespace) -> dict[str, float]:
+    """Both forms at a size where no tile is full, the op with its entropy."""
+    inputs = case(67, 136, 1061, options)
+
+    def naive(x: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        logs = (x @ w.T).float().log_softmax(dim=1)
+        return logs.gather(1, y[:, None]).squeeze(1), -(logs.exp() * logs).sum(dim=1)
+
+    return {
+        "rmr1 token_logprobs": harness.check(
+            "token_logprobs",
+            lambda x, w, y: token_logprobs(x, w, y, return_entropy=True),
+            reference,
+            inputs,
+            2,
+            torchs=naive,
+        ),
+        "rmr1 token_loss": harness.check(
+            "token_loss",
+            lambda x, w, y: (callback_loss(x, w, y),),
+            lambda x, w, y: (-reference(x, w, y)[0].mean(),),
+            inputs,
+            2,
+            torchs=lambda x, w, y: (naive_loss(x, w, y),),
+        ),
+    }
+
+
+def measure(options: argparse.Namespace, limits: Limits) -> list[Row]:
+    """Check, then the rows of each size."""
+    torch.manual_seed(0)
+    errors = check(options)
+    hidden, words = SHAPES[options.device]
+    hidden, words = options.hidden or hidden, options.vocabulary or words
+    if options.quick:
+        hidden, words = 64, 1000
+    most = 1e9 * (options.most_gb or (60 if options.device == "cuda" else 6))
+    rows = []
+    for tokens in options.tokens or ([96] if options.quick else TOKENS[options.device]):
+        x, w, y = case(tokens, hidden, words, options)
+        runs: dict[str, Run] = {"three bare GEMMs": lambda x=x, w=w: gemms(x, w)}
+        x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
+        ways = losses(options)
+        if 12 * tokens * words > most:  # logits, their softmax and its gradient
+            for name in ("naive torch", "torch.compile", "torch linear_cross_entropy"):
+                ways.pop(name, None)
+        for name, loss in ways.items():
+            runs[name] = lambda loss=loss, x=x, w=w, y=y: torch.autograd.grad(loss(x, w, y), (x, w))
+        size = x.element_size()
+        work = Work(
+            f"T={tokens} H={hidden} V={words} {options.dtype}",
+            # Logits, gradient of x, gradient of w: a GEMM each, two operations per product.
+            6.0 * tokens * hidden * words,
+            # x and w in, their gradients out, and the targets.
+            2.0 * size * (tokens + words) * hidden + 8 * tokens,
+        )
+        results = (x.numel() + w.numel()) * size
+        rows += harness.measure(work, runs, options, limits, errors, results=results)
+    return rows
+
+
+def main() -> int:
+    parser = harness.arguments(__doc__, "token_logprob", samples=5)
+    parser.add_argument("--tokens", type=int, nargs="+", help=f"default {TOKENS}")
+    parser.add_argument("--hidden", type=int, help="default: of the model")
+    parser.add_argument("--vocabulary", type=int, help="default: of the model")
+    parser.add_argument(
+        "--most_gb", type=float, help="skip naive ways beyond this (default 6, on a GPU 60)"
     )
-    save(rows, options.output)
+    return harness.run(parser, "Log-probability, forward and backward", measure)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

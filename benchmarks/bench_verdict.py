@@ -1,6 +1,6 @@
 """The verdict parser on judgments of 4 KB: C++ on one thread and on all, and the Python reference.
 
-    python benchmarks/bench_verdict.py [--samples 50] [--output results/bench_verdict.json]
+    python benchmarks/bench_verdict.py [--samples 50] [--quick]
 
 Throughput counts UTF-8 bytes. A sample parses a whole list of distinct judgments, Python's records
 included; for the reference, which is slower, a part of the list.
@@ -19,6 +19,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -28,6 +29,7 @@ from rmr1.verdict import parse_verdict, parse_verdicts, reference_parse
 
 SIZE = 4096  # UTF-8 bytes of a judgment, about
 COUNT = 1000
+REFERENCE = "Python reference"
 WORDS = {
     "ascii": "the answer explains why this step is right and keeps to what was asked, but its "
     "second part misses 2 of the 7 cases. It has no source for that claim",
@@ -79,18 +81,18 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
-def rows(samples: int) -> list[dict[str, object]]:
-    found: list[dict[str, object]] = []
+def rows(samples: int, count: int) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
     for workload, words in WORDS.items():
         rng = Random(0)
-        texts = [judgment(rng, words.split(), chat=bool(i % 2)) for i in range(COUNT)]
+        texts = [judgment(rng, words.split(), chat=bool(i % 2)) for i in range(count)]
         assert all(verdict.well_formed for verdict in parse_verdicts(texts))
-        few = texts[: COUNT // 20]
+        few = texts[: count // 20]
         providers: list[tuple[str, list[str], Callable[[list[str]], object]]] = [
             ("C++, 1 thread", texts, lambda part: parse_verdicts(part, 1)),
             (f"C++, {os.cpu_count()} threads", texts, lambda part: parse_verdicts(part)),
             ("C++, one by one", texts, lambda part: [parse_verdict(text) for text in part]),
-            ("Python reference", few, lambda part: [reference_parse(text) for text in part]),
+            (REFERENCE, few, lambda part: [reference_parse(text) for text in part]),
         ]
         for provider, part, run in providers:
             size = sum(len(text.encode()) for text in part)
@@ -100,38 +102,43 @@ def rows(samples: int) -> list[dict[str, object]]:
                     "workload": f"judgments of 4 KB, {workload}",
                     "provider": provider,
                     "version": rmr1.__version__,
+                    "yardstick": REFERENCE,
                     "unit": "GB/s",
+                    "device": cpu_name(),
                     **figures,
                     # Of the process so far: the judgments themselves make up most of it.
                     "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-                    "cpu": cpu_name(),
                     "python": platform.python_version(),
                 }
             )
     return found
 
 
+def yardstick(found: list[dict[str, Any]], workload: str) -> float:
+    """GB/s of the Python reference."""
+    return next(
+        float(row["median"])
+        for row in found
+        if row["workload"] == workload and row["provider"] == REFERENCE
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--samples", type=int, default=50)
+    parser.add_argument("--samples", type=int, help="of every provider (default 50, quick 3)")
+    parser.add_argument("--quick", action="store_true", help="few judgments, to see that it works")
     parser.add_argument("--output", type=Path, default=Path("results/bench_verdict.json"))
     options = parser.parse_args()
-    found = rows(options.samples)
+    samples = options.samples or (3 if options.quick else 50)
+    found = rows(samples, 100 if options.quick else COUNT)
     table = Table(title=f"Verdict parser, GB/s, {cpu_name()}")
     for column in ("workload", "provider", "median", "p20", "p80", "x reference"):
         table.add_column(column, justify="left" if column in ("workload", "provider") else "right")
-    reference = {
-        row["workload"]: row["median"] for row in found if "reference" in str(row["provider"])
-    }
     for row in found:
-        numbers = [float(str(row[name])) for name in ("median", "p20", "p80")]
-        times = numbers[0] / float(str(reference[row["workload"]]))
-        table.add_row(
-            str(row["workload"]),
-            str(row["provider"]),
-            *(f"{number:.3f}" for number in numbers),
-            f"{times:.0f}",
-        )
+        row["x_yardstick"] = yardstick(found, row["workload"]) / row["median"]
+        numbers = [f"{row[name]:.3f}" for name in ("median", "p20", "p80")]
+        times = f"{1 / row['x_yardstick']:.0f}"
+        table.add_row(row["workload"], row["provider"], *numbers, times)
     Console().print(table)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(found, indent=1) + "\n")

@@ -1,21 +1,335 @@
-"""What the benchmarks share: measuring in turn, peak memory, the JSON and the table."""
+"""What the benchmarks share: arguments, the check before the timing, limits, JSON and table.
+
+An op is checked first and timed then: outputs and gradients, in the dtype and on the device of the
+timing, against the reference in fp64. Its error may be twice torch's own in that dtype.
+
+`share` of a row is its share of the roofline: the least time the work can take, max(FLOPs / rate of
+a bare GEMM, bytes / rate of a copy), over the median. Both rates are measured in the same run. The
+first provider of a workload is its yardstick; `x_yardstick` is the time in units of it.
+"""
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 import rmr1
+
+Run = Callable[[], object]
+Function = Callable[..., tuple[Tensor, ...]]
+Row = dict[str, Any]
+
+# The least error that counts, in units of the largest value: four roundings to fp32. Torch's own
+# error may be 0 by luck, and twice that would refuse everybody.
+FLOOR = 4 * torch.finfo(torch.float32).eps
+ALLOWED = 2.0  # times torch's own error
+SAMPLE = 1e-3  # seconds; a shorter call is repeated within one sample
+
+
+class WrongResult(Exception):
+    """An op that fails its check; its sentence is for the user."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What this machine can do: FLOP/s of a bare GEMM, and bytes/s of a copy, read plus written."""
+
+    flops: float
+    bandwidth: float
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A workload with what no implementation can avoid: floating-point operations and bytes."""
+
+    name: str
+    flops: float
+    bytes: float
+
+    def bound(self, limits: Limits) -> float:
+        """The least seconds it can take."""
+        return max(self.flops / limits.flops, self.bytes / limits.bandwidth)
+
+
+def arguments(description: str | None, stem: str, samples: int) -> argparse.ArgumentParser:
+    """The arguments that every op's benchmark takes; `rmr1 bench` counts on these names."""
+    parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="of activations and weights (default: float32, on a GPU bfloat16); what an op keeps in"
+        " float32 whatever the model's dtype stays so",
+    )
+    parser.add_argument("--samples", type=int, help=f"of every provider (default {samples})")
+    parser.add_argument("--compile", action="store_true", help="torch.compile too; always on a GPU")
+    parser.add_argument("--quick", action="store_true", help="a small size, to see that it works")
+    parser.add_argument("--output", type=Path, default=Path(f"results/bench_{stem}.json"))
+    parser.set_defaults(full_samples=samples)
+    return parser
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    title: str,
+    measure: Callable[[argparse.Namespace, Limits], list[Row]],
+) -> int:
+    """Read the arguments, measure, print and save; the exit code: 1 a wrong result, 2 no GPU."""
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print(f"{parser.prog}: no CUDA device is here; use --device cpu", file=sys.stderr)
+        return 2
+    options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
+    options.compile = options.compile or options.device == "cuda"
+    options.samples = options.samples or (3 if options.quick else options.full_samples)
+    try:
+        rows = measure(options, limits(options.device, getattr(torch, options.dtype)))
+    except WrongResult as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    show(title, rows)
+    save(rows, options.output)
+    return 0
+
+
+# --- The check -----------------------------------------------------------------------------------
+
+
+def check(
+    op: str,
+    function: Function,
+    reference: Function,
+    inputs: Sequence[Tensor],
+    leaves: int,
+    *,
+    torchs: Function | None = None,
+) -> float:
+    """The largest error of an op in units of torch's own; WrongResult when that is above 2.
+
+    inputs: in the dtype of the timing, floating ones first; the first `leaves` get a gradient.
+    reference: gives the truth in fp64, and in the dtype of the inputs torch's own error, unless
+    `torchs` says how torch is used in that dtype.
+    """
+    dtype = inputs[0].dtype
+    wide = [x.double() if x.is_floating_point() else x for x in inputs]
+    truth = _evaluate(reference, wide, leaves, dtype)
+    ours = _evaluate(function, inputs, leaves, dtype)
+    theirs = _evaluate(torchs or reference, inputs, leaves, dtype)
+    worst = 0.0
+    for name, exact in truth.items():
+        size = float(exact.abs().max())
+        if not size > 0 or ours[name].shape != exact.shape:
+            raise WrongResult(
+                f"{op}: {name} has shape {list(ours[name].shape)}, and the reference"
+                f" {list(exact.shape)} with a largest value of {size:g}; nothing was timed."
+            )
+        error, own = (float((x[name].double() - exact).abs().max()) for x in (ours, theirs))
+        ratio = error / max(own, FLOOR * size)
+        if not ratio <= ALLOWED:  # NaN too
+            raise WrongResult(
+                f"{op}: the error of {name} is {error:.2g}, {ratio:.3g} times torch's own in"
+                f" {str(dtype).removeprefix('torch.')}, where {ALLOWED:g} times is allowed; nothing"
+                " was timed."
+            )
+        worst = max(worst, ratio)
+    return worst
+
+
+def _evaluate(
+    function: Function, inputs: Sequence[Tensor], leaves: int, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Outputs, and gradients of the first inputs for fixed random gradients of the outputs."""
+    given = [x.detach().clone().requires_grad_(i < leaves) for i, x in enumerate(inputs)]
+    outputs = function(*given)
+    found = {f"output {i}": x.detach() for i, x in enumerate(outputs)}
+    if leaves:
+        rng = torch.Generator().manual_seed(1)
+        # Rounded to the dtype first, so that the truth is that of the same gradients.
+        draws = [torch.randn(x.shape, generator=rng).to(dtype) for x in outputs]
+        on = [draw.to(x.device, x.dtype) for draw, x in zip(draws, outputs, strict=True)]
+        grads = torch.autograd.grad(outputs, given[:leaves], on)
+        found |= {f"the gradient of input {i}": x for i, x in enumerate(grads)}
+    return found
+
+
+# --- Time and memory -----------------------------------------------------------------------------
+
+
+def in_turn(runs: dict[str, Run], samples: int, device: str = "cpu") -> dict[str, list[float]]:
+    """Seconds of every provider, measured in turn (A B C A B C ...) after a round of warm-up, so
+    that a machine that slows down slows all of them.
+
+    Caches stay warm, a GPU's L2 too: in a model the step before has just written the inputs. So
+    work that fits a cache may pass the bound, which is that of the memory.
+    """
+    calls = {}
+    for name, call in runs.items():
+        call()  # builds and tunes kernels
+        calls[name] = max(1, min(100, round(SAMPLE / max(1e-9, _seconds(call, 1, device)))))
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(samples):
+        for name, call in runs.items():
+            seconds[name].append(_seconds(call, calls[name], device))
+    return seconds
+
+
+def _seconds(call: Run, calls: int, device: str) -> float:
+    """Seconds of one of several calls; on a GPU by its own clock."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        for _ in range(calls):
+            call()
+        ended.record()
+        torch.cuda.synchronize()
+        return began.elapsed_time(ended) / 1e3 / calls
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - start) / calls
+
+
+def limits(device: str, dtype: torch.dtype) -> Limits:
+    """The best of a few runs: a limit is what the machine can do, not what it does on average."""
+    dtypes = {dtype}
+    if device == "cpu":
+        dtypes.add(
+            torch.float32
+        )  # many processors are faster in it, and so an op may compute in it
+    rate = max(_gemm_rate(device, one) for one in dtypes)
+    source = torch.ones((1 << 28) if device == "cuda" else (1 << 25), device=device)
+    target = torch.empty_like(source)
+    # On a CPU piece by piece: a whole copy takes longer than a busy machine leaves us alone.
+    pieces = 1 if device == "cuda" else 16
+    pairs = list(zip(target.chunk(pieces), source.chunk(pieces), strict=True))
+    best = min(_seconds(lambda p=p: p[0].copy_(p[1]), 1, device) for p in pairs * 7)
+    return Limits(rate, 2 * source.numel() * source.element_size() / pieces / best)
+
+
+def _gemm_rate(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of a square GEMM, the best of the sizes that take no more than some 20 ms."""
+    rate = 0.0
+    for side in (512, 1024, 2048, 4096, 8192):
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        out = torch.empty_like(a)
+
+        def gemm(a: Tensor = a, b: Tensor = b, out: Tensor = out) -> None:
+            torch.mm(a, b, out=out)
+
+        best = min(in_turn({"gemm": gemm}, 7, device)["gemm"])
+        rate = max(rate, 2 * side**3 / best)
+        # A dtype that the processor has no units for, or large enough. A small one may only have
+        # met a busy machine.
+        if best > 0.2 or (best > 0.02 and side >= 2048):
+            break
+    return rate
+
+
+def copy_of(size: float, device: str) -> Run:
+    """A copy that moves `size` bytes, half of them read and half written."""
+    source = torch.zeros(max(1, int(size) // 2), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def peak_bytes(call: Run, device: str = "cpu") -> int:
+    """How far memory rises above what is there before, while `call` works. Linux or CUDA."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of resident memory
+    before = _status("VmRSS")
+    call()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {name}: peak memory is measured on Linux only")
+
+
+# --- Rows ----------------------------------------------------------------------------------------
+
+
+def measure(
+    work: Work,
+    runs: dict[str, Run],
+    options: argparse.Namespace,
+    limits: Limits,
+    errors: dict[str, float],
+    *,
+    results: int = 0,
+) -> list[Row]:
+    """The rows of one workload, one a provider; the first provider is the yardstick.
+
+    errors: provider -> what `check` found. results: bytes of what a provider returns, which its
+    peak memory leaves out.
+    """
+    seconds = in_turn(runs, options.samples, options.device)
+    yardstick = next(iter(runs))
+    found = []
+    for name, call in runs.items():
+        # Pair by pair: a slow moment of the machine meets neighbours alike.
+        ratios = [a / b for a, b in zip(seconds[name], seconds[yardstick], strict=True)]
+        peak = max(0, peak_bytes(call, options.device) - results)
+        more = {"yardstick": yardstick, "x_yardstick": statistics.median(ratios)}
+        more |= {"error_ratio": errors.get(name), "peak_memory_mb": peak / 2**20}
+        found.append(row(work, name, seconds[name], options.device, limits) | more)
+    return found
+
+
+def row(work: Work, provider: str, seconds: Sequence[float], device: str, limits: Limits) -> Row:
+    """One result as it stands in the JSON."""
+    cuts = statistics.quantiles(seconds, n=10) if len(seconds) > 1 else [seconds[0]] * 9
+    median, bound = statistics.median(seconds), work.bound(limits)
+    return {
+        "workload": work.name,
+        "provider": provider,
+        "version": version(provider),
+        "torch": torch.__version__,
+        "unit": "s",
+        "median": median,
+        "p20": cuts[1],
+        "p80": cuts[7],
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "flops": work.flops,
+        "bytes": work.bytes,
+        "limit_flops": limits.flops,
+        "limit_bandwidth": limits.bandwidth,
+        "bound": bound,
+        "share": bound / median,
+    }
+
+
+def version(provider: str) -> str:
+    """Of the package that a provider comes from."""
+    if provider.startswith("rmr1"):
+        return rmr1.__version__
+    return metadata.version("liger-kernel") if provider.startswith("Liger") else torch.__version__
 
 
 def device_name(device: str) -> str:
@@ -29,84 +343,36 @@ def device_name(device: str) -> str:
     return f"{names[0] if names else platform.processor()}, {_C.isa()}"
 
 
-def in_turn(
-    providers: dict[str, Callable[[], object]], samples: int, device: str = "cpu"
-) -> dict[str, list[float]]:
-    """Seconds of every provider, measured in turn (A B C A B C ...) after a round of warm-up, so
-    that a machine that slows down slows all of them.
-    """
-    for run in providers.values():
-        run()
-    seconds: dict[str, list[float]] = {name: [] for name in providers}
-    for _ in range(samples):
-        for name, run in providers.items():
-            _settle(device)
-            began = time.perf_counter()
-            run()
-            _settle(device)
-            seconds[name].append(time.perf_counter() - began)
-    return seconds
-
-
-def peak_bytes(run: Callable[[], object], device: str = "cpu") -> int:
-    """How far memory rises above what is there before, while `run` works. Linux or CUDA."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of resident memory
-    before = _status("VmRSS")
-    run()
-    return max(0, _status("VmHWM") - before)
-
-
-def row(
-    workload: str, provider: str, seconds: Sequence[float], device: str, **more: Any
-) -> dict[str, Any]:
-    """One result as it stands in the JSON."""
-    cuts = statistics.quantiles(seconds, n=10) if len(seconds) > 1 else [seconds[0]] * 9
-    return {
-        "workload": workload,
-        "provider": provider,
-        "version": rmr1.__version__,
-        "torch": torch.__version__,
-        "unit": "s",
-        "median": statistics.median(seconds),
-        "p20": cuts[1],
-        "p80": cuts[7],
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        **more,
-    }
-
-
-def save(rows: list[dict[str, Any]], path: Path) -> None:
+def save(rows: list[Row], path: Path) -> None:
     """Write the JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def show(title: str, rows: list[dict[str, Any]], columns: dict[str, Callable[[Any], str]]) -> None:
-    """Print a table of `rows`; `columns` maps a heading to the text of a row."""
-    table = Table(title=title)
-    for number, name in enumerate(columns):
-        table.add_column(name, justify="left" if number < 2 else "right")
-    for one in rows:
-        table.add_row(*(text(one) for text in columns.values()))
+def show(title: str, rows: list[Row]) -> None:
+    """Print the rows as a table, the providers of a workload under its name."""
+    first = rows[0]
+    table = Table(title=f"{title}, {first['device']}, {first['threads']} threads")
+    table.add_column("provider", overflow="fold")
+    for name in ("microseconds", "x first", "share", "error", "extra MB"):
+        table.add_column(name, justify="right")
+    for number, one in enumerate(rows):
+        if not number or one["workload"] != rows[number - 1]["workload"]:
+            table.add_section()
+            table.add_row(f"[bold]{one['workload']}")
+        error = one["error_ratio"]
+        table.add_row(
+            f"  {one['provider']}",
+            f"{1e6 * one['median']:,.0f}",
+            f"{one['x_yardstick']:.2f}",
+            f"{one['share']:.0%}",
+            "" if error is None else f"{error:.2f}",
+            f"{one['peak_memory_mb']:.1f}",
+        )
     Console().print(table)
-
-
-def _settle(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def _status(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {name}: peak memory is measured on Linux only")
+    print(
+        f"share: of the least time at {first['limit_flops'] / 1e9:,.0f} GFLOP/s and"
+        f" {first['limit_bandwidth'] / 1e9:,.1f} GB/s, measured before (work that fits a cache may"
+        " pass it).\nx first: in units of the workload's first provider. error: in units of torch's"
+        " own."
+    )
