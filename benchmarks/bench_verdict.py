@@ -71,7 +71,7 @@ def measure(run: Callable[[], object], size: int, samples: int) -> dict[str, flo
         start = time.perf_counter()
         run()
         rates.append(size / (time.perf_counter() - start) / 1e9)
-    quantiles = statistics.quantiles(rates, n=10)
+    quantiles = statistics.quantiles(rates, n=10, method="inclusive")
     return {"median": statistics.median(rates), "p20": quantiles[1], "p80": quantiles[7]}
 
 

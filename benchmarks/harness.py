@@ -303,7 +303,7 @@ def measure(
 
 def row(work: Work, provider: str, seconds: Sequence[float], device: str, limits: Limits) -> Row:
     """One result as it stands in the JSON."""
-    cuts = statistics.quantiles(seconds, n=10) if len(seconds) > 1 else [seconds[0]] * 9
+    cuts = statistics.quantiles(seconds, n=10, method="inclusive") if len(seconds) > 1 else [seconds[0]] * 9
     median, bound = statistics.median(seconds), work.bound(limits)
     return {
         "workload": work.name,

@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from collections import Counter
 from importlib import metadata
@@ -76,23 +75,56 @@ class Report(Verb):
 
 
 class Bench(Verb):
-    """Run the benchmarks of a checkout, one after the other; each writes JSON to results/."""
+    """Check and time every kernel: the benchmarks of a checkout, one after the other.
+
+    Writes JSON and a page of plots, and compares with the last saved run.
+
+    rmr1 bench --quick
+    rmr1 bench --only token_logprob --device cuda --dtype bfloat16
+    """
 
     only: str = Field("", description="run the benchmarks whose name holds this text")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="where the kernels run")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="of activations and weights; auto: bfloat16 on a GPU, else float32"
+    )
+    quick: bool = Field(False, description="small sizes, only to see that everything works")
+    output: str = Field(
+        "",
+        description="folder of the results; empty: results, with /cuda and /quick where they are",
+    )
+    json_output: bool = Field(False, alias="json", description="print all rows as JSON")
 
     def run(self) -> int:
         """Run benchmarks/bench_*.py; the exit code says whether all of them succeeded."""
-        scripts = sorted((ROOT / "benchmarks").glob(f"bench_*{self.only}*.py"))
+        from rmr1 import bench
+
+        scripts = sorted((ROOT / "benchmarks").glob("bench_*.py"))
+        scripts = [path for path in scripts if self.only in path.stem.removeprefix("bench_")]
         if not scripts:
             raise ValueError(
                 f"no benchmark matches {self.only!r} in {ROOT / 'benchmarks'}; the benchmarks stand"
                 " in a checkout, not in the installed package"
             )
-        failed = []
-        for script in scripts:
-            Console(stderr=True).rule(script.name)
-            if subprocess.run([sys.executable, str(script)], check=False).returncode:
-                failed.append(script.name)
+        if self.device == "cuda":
+            import torch
+
+            if not torch.cuda.is_available():
+                raise ValueError("bench --device cuda: no CUDA device is here; use --device cpu")
+        parts = ("results", "cuda" * (self.device == "cuda"), "quick" * self.quick)
+        folder = Path(self.output) if self.output else Path(*filter(None, parts))
+        dtype = "" if self.dtype == "auto" else self.dtype
+        options = {"device": self.device, "dtype": dtype, "quick": self.quick}
+        rows, before, failed = bench.run_all(scripts, options, folder)
+        page = folder / "bench.html"
+        # Of all benchmarks, also those that --only left out this time.
+        saved = [row for path in sorted(folder.glob("bench_*.json")) for row in bench.read(path)]
+        page.write_text(bench.page(saved))
+        if self.json_output:
+            print(json.dumps(rows))
+        elif found := bench.changes(rows, before):
+            Console().print(bench.changes_table(found))
+        print(f"plots: {page}", file=sys.stderr)
         if failed:
             print(f"rmr1 bench: failed: {', '.join(failed)}", file=sys.stderr)
         return 1 if failed else 0
