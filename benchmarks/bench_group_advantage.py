@@ -58,7 +58,7 @@ def measure(options: argparse.Namespace, limits: Limits) -> list[Row]:
             "plain torch": lambda given=inputs: plain(*given),
         }
         if options.compile:
-            compiled = torch.compile(plain)
+            compiled = harness.compiled(plain)
             runs["torch.compile"] = lambda f=compiled, given=inputs: f(*given)
         errors = {"rmr1 group_advantages": error}
         rows += harness.measure(work, runs, options, limits, errors, results=4 * total)

@@ -60,7 +60,7 @@ def losses(options: argparse.Namespace) -> dict[str, Loss]:
         "naive torch": naive_loss,
     }
     if options.compile:
-        found["torch.compile"] = torch.compile(naive_loss)
+        found["torch.compile"] = harness.compiled(naive_loss)
     if hasattr(F, "linear_cross_entropy"):  # torch 2.13 and later
         chunked = torch.nn.LinearCrossEntropyOptions()
         found["torch linear_cross_entropy"] = F.linear_cross_entropy

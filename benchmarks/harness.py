@@ -241,6 +241,12 @@ def _gemm_rate(device: str, dtype: torch.dtype) -> float:
     return rate
 
 
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile for one size: what was compiled for the sizes before must not generalise it."""
+    torch.compiler.reset()
+    return torch.compile(function, dynamic=False)
+
+
 def copy_of(size: float, device: str) -> Run:
     """A copy that moves `size` bytes, half of them read and half written."""
     source = torch.zeros(max(1, int(size) // 2), dtype=torch.uint8, device=device)
@@ -250,7 +256,6 @@ def copy_of(size: float, device: str) -> Run:
 
 def peak_bytes(call: Run, device: str = "cpu") -> int:
     """How far memory rises above what is there before, while `call` works. Linux or CUDA."""
-    gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -291,6 +296,7 @@ def measure(
     seconds = in_turn(runs, options.samples, options.device)
     yardstick = next(iter(runs))
     found = []
+    gc.collect()
     for name, call in runs.items():
         # Pair by pair: a slow moment of the machine meets neighbours alike.
         ratios = [a / b for a, b in zip(seconds[name], seconds[yardstick], strict=True)]
@@ -303,7 +309,11 @@ def measure(
 
 def row(work: Work, provider: str, seconds: Sequence[float], device: str, limits: Limits) -> Row:
     """One result as it stands in the JSON."""
-    cuts = statistics.quantiles(seconds, n=10, method="inclusive") if len(seconds) > 1 else [seconds[0]] * 9
+    cuts = (
+        statistics.quantiles(seconds, n=10, method="inclusive")
+        if len(seconds) > 1
+        else [seconds[0]] * 9
+    )
     median, bound = statistics.median(seconds), work.bound(limits)
     return {
         "workload": work.name,

@@ -98,7 +98,7 @@ def _ways(
         "plain torch": (op.reference, inputs, op.leaves),
     }
     if options.compile:
-        found["torch.compile"] = (torch.compile(op.reference), inputs, op.leaves)
+        found["torch.compile"] = (harness.compiled(op.reference), inputs, op.leaves)
     if options.device == "cuda":  # Liger's are Triton kernels
         try:
             # Copies: Liger's kernels overwrite their inputs, in the backward or the forward.

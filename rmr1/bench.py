@@ -165,11 +165,12 @@ body { font: 15px/1.45 system-ui, sans-serif; color: #1c2430; background: #fff; 
   margin: 2em auto; padding: 0 1em; }
 h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin: 2em 0 0; }
 p { color: #55606e; margin: .3em 0 .6em; } svg { width: 100%; height: auto; display: block; }
-text { font: 12px system-ui, sans-serif; fill: #1c2430; } .end { text-anchor: end; }
+text { font: 12px system-ui, sans-serif; fill: #1c2430; paint-order: stroke; stroke: #fff;
+  stroke-width: 3px; } .end { text-anchor: end; }
 .mid { text-anchor: middle; } .tick { fill: #55606e; } .work { font-weight: 600; }
 .grid { stroke: #e3e7ec; } .unit { stroke: #1c2430; stroke-dasharray: 4 3; }
 .peer { fill: #8792a0; stroke: #8792a0; } .ours { fill: #0b62c4; stroke: #0b62c4; }
-text.ours, text.peer { stroke: none; } text.peer { fill: #55606e; }
+text.ours, text.peer { stroke: #fff; } text.peer { fill: #55606e; }
 """
 
 
