@@ -137,7 +137,10 @@ static double policy_loss(const PolicyTokens& t, const PolicySettings& set, floa
         }
         if (set.correction == 3 && t.rollout) {
             const float w = std::exp(mean_apart(t.old + begin, t.rollout + begin, end - begin));
-            one.keep = w < set.correction_low || w > set.correction_high ? 0.0f : 1.0f;
+            // NaN stays, and shows in the loss.
+            one.keep = w < set.correction_low || w > set.correction_high ? 0.0f
+                       : std::isnan(w)                                  ? w
+                                                                        : 1.0f;
         }
         for (std::int64_t i = begin; i < end; i += lanes) {
             const int count = end - i < lanes ? static_cast<int>(end - i) : lanes;

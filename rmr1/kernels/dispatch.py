@@ -21,6 +21,8 @@ Backend = Literal["reference", "native", "triton"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
 _forced: ContextVar[Backend | None] = ContextVar("rmr1_kernels", default=None)
+# The same for torch.compile, which cannot read a context variable but sees a global change.
+_forced_in_trace: Backend | None = None
 
 
 @contextmanager
@@ -30,16 +32,19 @@ def use(backend: Backend) -> Iterator[None]:
     ValueError when `backend` is none of reference, native, triton. What is forced is taken when an
     op is called; its backward, wherever it runs, uses the same.
     """
-    token = _forced.set(_known(backend, "use()"))
+    global _forced_in_trace
+    token, before = _forced.set(_known(backend, "use()")), _forced_in_trace
+    _forced_in_trace = backend
     try:
         yield
     finally:
+        _forced_in_trace = before
         _forced.reset(token)
 
 
 def choose(op: str, x: Tensor, *, native: bool, triton: bool = True) -> Backend:
     """The implementation that runs `op` on `x`; `native` and `triton` say which ones it has."""
-    forced = _forced.get()
+    forced = _forced_in_trace if torch.compiler.is_compiling() else _forced.get()
     if forced is None and (named := os.environ.get("RMR1_KERNELS")):
         forced = _known(named, "RMR1_KERNELS")
     if forced is None:

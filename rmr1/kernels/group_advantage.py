@@ -30,9 +30,11 @@ Baseline = Literal["mean", "loo"]
 
 def reference(rewards: Tensor, group_ids: Tensor, scale: Scale, baseline: Baseline) -> Tensor:
     """The op in plain torch: [N] and [N] -> [N]."""
-    _, index = torch.unique_consecutive(group_ids, return_inverse=True)  # [N] in 0..P-1
-    groups = int(index[-1]) + 1 if index.numel() else 0
-    count = torch.bincount(index, minlength=groups).float()  # [P]
+    # P is at most N, and how many groups there really are would break a traced graph.
+    groups = len(rewards)
+    index = (group_ids != group_ids.roll(1)).cumsum(0)  # counts the first sample, whose
+    index = index - index[:1]  # neighbour is the last one, as a change unless there is one group
+    count = _group_sum(torch.ones_like(rewards), index, groups)  # [P], 0 past the last group
     mean = _group_sum(rewards, index, groups) / count
     centred = rewards - mean[index]
     variance = _group_sum(centred.square(), index, groups) / (count - 1).clamp(min=1)
@@ -78,6 +80,8 @@ def group_advantages(
     rewards = rewards.detach().float()
     backend = choose("group_advantages", rewards, native=True)
     if backend == "reference":
+        if not torch.compiler.is_compiling():
+            _check_values(rewards, group_ids, token_counts)
         advantages = reference(rewards, group_ids, scale, baseline)
         return advantages if token_counts is None else advantages.repeat_interleave(token_counts)
     total = None if token_counts is None else int(token_counts.sum())
@@ -95,6 +99,7 @@ def _op(
     backend: str,
 ) -> Tensor:
     """`total` is the number of tokens, None without token_counts."""
+    _check_values(rewards, group_ids, token_counts)
     _, sizes = torch.unique_consecutive(group_ids, return_counts=True)
     offsets = _offsets(sizes)  # [P + 1]
     tokens = None if token_counts is None else _offsets(token_counts)  # [N + 1]
@@ -145,15 +150,17 @@ def _check(
     for name, ids in (("group_ids", group_ids), ("token_counts", token_counts)):
         if ids is None:
             continue
-        if ids.is_floating_point() or ids.shape != rewards.shape:
+        if ids.dtype != torch.int64 or ids.shape != rewards.shape:
             raise ValueError(
-                f"{name} must be {len(rewards)} integers, got {ids.dtype} of shape"
+                f"{name} must be {len(rewards)} integers (int64), got {ids.dtype} of shape"
                 f" {tuple(ids.shape)}"
             )
         if ids.device != rewards.device:
             raise ValueError(f"{name} must be on {rewards.device}, got {ids.device}")
-    if torch.compiler.is_compiling():
-        return
+
+
+def _check_values(rewards: Tensor, group_ids: Tensor, token_counts: Tensor | None) -> None:
+    """Inside the op: a look at the values would break a traced graph."""
     if not bool(torch.isfinite(rewards).all()):
         raise ValueError("rewards must be finite, got NaN or inf")
     if bool((group_ids[1:] < group_ids[:-1]).any()):

@@ -23,11 +23,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
 from rmr1 import _C
 from rmr1.kernels.dispatch import choose
 from rmr1.kernels.policy_loss_config import PolicyLossConfig, variant
+from rmr1.kernels.policy_loss_input import check, check_counts, sequence_counts
 
 __all__ = ["STATS", "PolicyLossConfig", "policy_loss", "reference", "variant"]
 
@@ -103,10 +105,11 @@ def _correction(apart: Tensor, ids: Tensor, sequences: int, config: PolicyLossCo
     if config.correction == "truncate":
         return w.clamp(max=high)
     if config.correction == "mask":
-        return torch.where((w >= low) & (w <= high), w, 0.0)
+        return torch.where((w < low) | (w > high), 0.0, w)  # NaN stays, and shows in the loss
     if config.correction == "mask_sequence":
         whole = _sequence_mean(apart, ids, sequences).exp()[ids]
-        return ((whole >= low) & (whole <= high)).to(apart.dtype)
+        keep = torch.where(whole.isnan(), whole, 1.0)
+        return torch.where((whole < low) | (whole > high), 0.0, keep)
     return torch.ones_like(apart)
 
 
@@ -140,6 +143,7 @@ def policy_loss(
 
     Args:
         logprobs, old_logprobs: [T], of the policy as it is and as it was when the update began.
+            Computed in fp32, or in fp64 when `logprobs` is that.
         advantages: [S], one a sequence.
         sequence_ids: [T] int64 into advantages, in non-decreasing order.
         ref_logprobs: [T], of the reference model; needed when beta > 0.
@@ -162,18 +166,15 @@ def policy_loss(
     """
     others = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs}
     others["rollout_logprobs"] = rollout_logprobs
-    _check(logprobs, advantages, sequence_ids, others)
-    if config.beta > 0 and ref_logprobs is None:
-        raise ValueError("ref_logprobs is needed when beta > 0; give it or set beta to 0")
-    if config.correction != "none" and rollout_logprobs is None:
-        raise ValueError(
-            f"rollout_logprobs is needed by correction {config.correction!r}; give it or set"
-            " correction to none"
-        )
+    check(logprobs, advantages, sequence_ids, others, config)
+    if logprobs.dtype != torch.float64:
+        logprobs = logprobs.float()
     tokens = len(logprobs) if token_count is None else token_count
     sequences = len(advantages) if sequence_count is None else sequence_count
-    weights = _weights(sequence_ids, len(advantages), tokens, sequences, sequence_lengths, config)
-    weights = weights.to(logprobs.dtype if logprobs.dtype == torch.float64 else torch.float32)
+    check_counts(tokens, sequences, sequence_lengths, advantages, bool(len(logprobs)))
+    counts = sequence_counts(sequence_ids, len(advantages))  # [S]
+    lengths = counts if sequence_lengths is None else sequence_lengths
+    weights = _weights(lengths, tokens, sequences, config).to(logprobs.dtype)
     backend = choose("policy_loss", logprobs, native=logprobs.dtype == torch.float32)
     if backend == "reference":
         loss, sums = reference(
@@ -182,7 +183,7 @@ def policy_loss(
         )  # fmt: skip
     else:
         loss, _, sums = _op(
-            logprobs, old_logprobs.float(), advantages.float(), sequence_ids, weights,
+            logprobs, old_logprobs.float(), advantages.float(), sequence_ids, counts, weights,
             _float(ref_logprobs), _float(rollout_logprobs), _settings(config), backend,
         )  # fmt: skip
     return loss, _named(sums, max(tokens, 1), ref_logprobs is not None, rollout_logprobs)
@@ -192,23 +193,15 @@ def _float(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.float()
 
 
-def _weights(
-    ids: Tensor,
-    here: int,
-    tokens: int,
-    sequences: int,
-    lengths: Tensor | None,
-    config: PolicyLossConfig,
-) -> Tensor:
-    """What a token of each sequence counts, fp64 [S]."""
-    if config.normalize == "token":
-        return torch.full((here,), 1 / max(tokens, 1), dtype=torch.float64, device=ids.device)
+def _weights(lengths: Tensor, tokens: int, sequences: int, config: PolicyLossConfig) -> Tensor:
+    """What a token of each sequence counts, fp64 [S]; `lengths` [S] are those of the update."""
+    if config.normalize == "sequence":
+        return 1 / (lengths.clamp(min=1).double() * max(sequences, 1))
+    each = 1 / max(tokens, 1)
     if config.normalize == "fixed":
         assert config.max_length is not None
-        each = 1 / (sequences * config.max_length)
-        return torch.full((here,), each, dtype=torch.float64, device=ids.device)
-    lengths = torch.bincount(ids, minlength=here) if lengths is None else lengths
-    return 1 / (lengths.clamp(min=1).double() * sequences)
+        each = 1 / (max(sequences, 1) * config.max_length)
+    return torch.full_like(lengths, each, dtype=torch.float64)
 
 
 def _settings(config: PolicyLossConfig) -> list[float]:
@@ -245,6 +238,7 @@ def _op(
     old: Tensor,
     advantages: Tensor,
     ids: Tensor,
+    counts: Tensor,
     weights: Tensor,
     ref: Tensor | None,
     rollout: Tensor | None,
@@ -258,7 +252,6 @@ def _op(
         return policy_loss_triton.policy_loss(
             logprobs, old, advantages, ids, weights, ref, rollout, settings
         )
-    counts = torch.bincount(ids, minlength=len(advantages))
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])  # [S + 1]
     slope = torch.empty_like(logprobs, memory_format=torch.contiguous_format)
     loss, *sums = _C.policy_loss(
@@ -281,6 +274,7 @@ def _(
     old: Tensor,
     advantages: Tensor,
     ids: Tensor,
+    counts: Tensor,
     weights: Tensor,
     ref: Tensor | None,
     rollout: Tensor | None,
@@ -298,44 +292,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(output[1])
 
 
+@once_differentiable
 def _differentiate(ctx: Any, on_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     (slope,) = ctx.saved_tensors
-    return (on_loss * slope, *[None] * 8)
+    return (on_loss * slope, *[None] * 9)
 
 
 _op.register_autograd(_differentiate, setup_context=_save)
-
-
-def _check(
-    logprobs: Tensor, advantages: Tensor, ids: Tensor, others: dict[str, Tensor | None]
-) -> None:
-    if logprobs.ndim != 1 or not logprobs.is_floating_point():
-        raise ValueError(
-            f"logprobs must be a floating vector [T], got {logprobs.dtype} of shape"
-            f" {tuple(logprobs.shape)}"
-        )
-    for name, value in {**others, "sequence_ids": ids}.items():
-        if value is not None and value.shape != logprobs.shape:
-            raise ValueError(
-                f"{name} must have the shape of logprobs {tuple(logprobs.shape)}, got"
-                f" {tuple(value.shape)}"
-            )
-        if value is not None and value.device != logprobs.device:
-            raise ValueError(f"{name} must be on {logprobs.device}, got {value.device}")
-    if advantages.ndim != 1 or advantages.device != logprobs.device:
-        raise ValueError(
-            f"advantages must be a vector [S] on {logprobs.device}, got shape"
-            f" {tuple(advantages.shape)} on {advantages.device}"
-        )
-    if ids.dtype != torch.int64:
-        raise ValueError(f"sequence_ids must be int64, got {ids.dtype}")
-    if torch.compiler.is_compiling() or not ids.numel():
-        return
-    low, high = int(ids[0]), int(ids[-1])
-    if bool((ids[1:] < ids[:-1]).any()):
-        raise ValueError("sequence_ids must not decrease: the tokens of a sequence stand together")
-    if low < 0 or high >= len(advantages):
-        raise ValueError(
-            f"sequence_ids must lie in 0..{len(advantages) - 1} (one per advantage), got"
-            f" {low}..{high}"
-        )

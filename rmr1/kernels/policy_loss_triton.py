@@ -148,7 +148,8 @@ def policy_loss(
         mean = _means(logprobs - old, ids, len(advantages))
     if correction == 3 and rollout is not None:
         apart = _means(old - rollout, ids, len(advantages)).exp()
-        keep = ((apart >= least) & (apart <= most)).float()
+        keep = torch.where(apart.isnan(), apart, 1.0)  # NaN stays, and shows in the loss
+        keep = torch.where((apart < least) | (apart > most), 0.0, keep)
     whole = len(logprobs) // BLOCK
     for first, count, masked in ((0, whole, False), (whole, programs - whole, True)):
         if not count:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.library import custom_op
 
 from rmr1 import _C
 from rmr1.kernels.dispatch import Backend, choose
@@ -116,6 +117,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             f"rope: x must be [T, N, D] with an even D and the tables [T, 1, D / 2], got"
             f" {list(x.shape)}, {list(cos.shape)} and {list(sin.shape)}."
         )
+    if not x.is_floating_point():
+        raise ValueError(f"rope: x must be floating, got {x.dtype}.")
     if not (x.dtype == cos.dtype == sin.dtype and x.device == cos.device == sin.device):
         raise ValueError(
             f"rope: x and the tables must share dtype and device, got {x.dtype} on {x.device},"
@@ -124,6 +127,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     backend = choose("rope", x, native=x.dtype == torch.float32)
     if backend == "reference":
         return reference(x, cos, sin)
+    if torch.compiler.is_compiling():
+        return _op(x, cos, sin, backend, False)
     if not (torch.is_grad_enabled() and x.requires_grad):
         return _turn(x, cos, sin, backend, back=False)
     y = _Rope.apply(x, cos, sin, backend)
@@ -131,7 +136,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, backend: Backend, *, back: bool) -> Tensor:
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, backend: str, *, back: bool) -> Tensor:
     # Heads stand next to each other; tokens may be further apart, as in one projection of q, k, v.
     if x.stride()[1:] != (x.shape[2], 1):
         x = x.contiguous()
@@ -160,3 +165,31 @@ class _Rope(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
         return _turn(grad, cos, sin, ctx.backend, back=True), None, None, None
+
+
+# The same for torch.compile, which cannot look into C++. Called in eager mode an op costs several
+# times what an autograd.Function does, and a token being generated passes through dozens.
+
+
+@custom_op("rmr1::rope", mutates_args=())
+def _op(x: Tensor, cos: Tensor, sin: Tensor, backend: str, back: bool) -> Tensor:
+    return _turn(x, cos, sin, backend, back=back)
+
+
+@_op.register_fake
+def _(x: Tensor, cos: Tensor, sin: Tensor, backend: str, back: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, cos, sin, ctx.backend, ctx.back = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+@once_differentiable
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    cos, sin = ctx.saved_tensors
+    return _op(grad, cos, sin, ctx.backend, not ctx.back), None, None, None, None
+
+
+_op.register_autograd(_differentiate, setup_context=_save)

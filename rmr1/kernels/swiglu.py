@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.library import custom_op
 from torch.nn.functional import silu
 
 from rmr1 import _C
@@ -30,7 +31,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Return silu(gate) * up.
 
     Args:
-        gate, up: [..., I] in one floating dtype, on one device.
+        gate, up: [..., I] in one floating dtype, on one device; not scalars.
 
     Returns:
         [..., I] in their dtype, differentiable once.
@@ -43,9 +44,16 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
             f"swiglu: gate and up must be alike, got {list(gate.shape)} {gate.dtype} on"
             f" {gate.device} and {list(up.shape)} {up.dtype} on {up.device}."
         )
+    if not gate.is_floating_point() or gate.ndim == 0:
+        raise ValueError(
+            f"swiglu: gate and up must be floating [..., I], got {gate.dtype} of shape"
+            f" {list(gate.shape)}."
+        )
     backend = choose("swiglu", gate, native=gate.dtype == torch.float32)
     if backend == "reference":
         return reference(gate, up)
+    if torch.compiler.is_compiling():
+        return _op(gate, up, backend)
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
         out = _Swiglu.apply(gate, up, backend)
         assert isinstance(out, Tensor)
@@ -53,7 +61,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return _forward(gate, up, backend)
 
 
-def _forward(gate: Tensor, up: Tensor, backend: Backend) -> Tensor:
+def _forward(gate: Tensor, up: Tensor, backend: str) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
     rows = (_rows(gate), _rows(up), _rows(out))
@@ -81,14 +89,57 @@ class _Swiglu(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, on_out: Tensor) -> tuple[Tensor, Tensor, None]:
-        gate, up, on_out = (x.contiguous() for x in (*ctx.saved_tensors, on_out))
-        on_gate, on_up = torch.empty_like(gate), torch.empty_like(up)
-        given = (_rows(on_out), _rows(gate), _rows(up))
-        found = (_rows(on_gate), _rows(on_up))
-        if ctx.backend == "triton":
-            from rmr1.kernels import swiglu_triton
+        gate, up = ctx.saved_tensors
+        return (*_gradients(on_out, gate, up, ctx.backend), None)
 
-            swiglu_triton.backward(*given, *found)
-        else:
-            _C.swiglu_backward(*given, *found, torch.get_num_threads())
-        return on_gate, on_up, None
+
+def _gradients(on_out: Tensor, gate: Tensor, up: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    on_out, gate, up = on_out.contiguous(), gate.contiguous(), up.contiguous()
+    on_gate, on_up = torch.empty_like(gate), torch.empty_like(up)
+    given = (_rows(on_out), _rows(gate), _rows(up))
+    found = (_rows(on_gate), _rows(on_up))
+    if backend == "triton":
+        from rmr1.kernels import swiglu_triton
+
+        swiglu_triton.backward(*given, *found)
+    else:
+        _C.swiglu_backward(*given, *found, torch.get_num_threads())
+    return on_gate, on_up
+
+
+# The same for torch.compile, which cannot look into C++. Called in eager mode an op costs several
+# times what an autograd.Function does, and a token being generated passes through dozens.
+
+
+@custom_op("rmr1::swiglu", mutates_args=())
+def _op(gate: Tensor, up: Tensor, backend: str) -> Tensor:
+    return _forward(gate, up, backend)
+
+
+@_op.register_fake
+def _(gate: Tensor, up: Tensor, backend: str) -> Tensor:
+    return gate.new_empty(gate.shape)
+
+
+@custom_op("rmr1::swiglu_backward", mutates_args=())
+def _backward_op(on_out: Tensor, gate: Tensor, up: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return _gradients(on_out, gate, up, backend)
+
+
+@_backward_op.register_fake
+def _(on_out: Tensor, gate: Tensor, up: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    gate, up, ctx.backend = inputs
+    ctx.save_for_backward(gate, up)
+
+
+@once_differentiable
+def _differentiate(ctx: Any, on_out: Tensor) -> tuple[Tensor, Tensor, None]:
+    gate, up = ctx.saved_tensors
+    return (*_backward_op(on_out, gate, up, ctx.backend), None)
+
+
+_op.register_autograd(_differentiate, setup_context=_save)

@@ -20,6 +20,7 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
 from rmr1.kernels import token_logprob_cpu
@@ -31,7 +32,8 @@ def reference(
 ) -> tuple[Tensor, Tensor]:
     """The op in plain torch: log-probability and entropy, [T] each, in fp32 (fp64 for fp64)."""
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    z = hidden.to(wide) @ weight.to(wide).T / temperature  # [T, V]
+    with exact(hidden):
+        z = hidden.to(wide) @ weight.to(wide).T / temperature  # [T, V]
     logp = z.log_softmax(dim=1)
     entropy = -(logp.exp() * logp.clamp(min=-1e4)).sum(dim=1)  # 0 * -inf would be NaN
     return logp.gather(1, targets[:, None]).squeeze(1), entropy
@@ -89,7 +91,8 @@ def token_logprobs(
     check_shapes("token_logprobs", hidden, weight, targets, temperature)
     backend = choose("token_logprobs", hidden, native=hidden.dtype != torch.float64)
     if backend == "reference":
-        check_values("token_logprobs", hidden, weight, targets)
+        if not torch.compiler.is_compiling():  # a look at the values would break the graph
+            check_values("token_logprobs", hidden, weight, targets)
         logprobs, entropy = reference(hidden, weight, targets, temperature)
     else:
         logprobs, entropy, _, _ = _forward(
@@ -99,18 +102,27 @@ def token_logprobs(
 
 
 def autocasted(x: Tensor) -> Tensor:
-    """What autocast would do to an input of a linear layer."""
+    """What autocast would do to an input of a linear layer: nothing to fp64 and integers."""
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return x
+    casts = x.is_floating_point() and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(kind)) if casts else x
+
+
+def exact(x: Tensor) -> torch.autocast:
+    """No autocast inside: it would round fp32 factors that were chosen on purpose."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def check_shapes(
     op: str, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
 ) -> None:
     """Refuse what cannot be meant, as far as it shows without a look at the values."""
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+    alike = hidden.ndim == weight.ndim == 2 and hidden.shape[1] == weight.shape[1]
+    if not alike or hidden.shape[1] == 0:
         raise ValueError(
-            f"{op}: hidden must be [T, H] and weight [V, H] with one H, "
+            f"{op}: hidden must be [T, H] and weight [V, H], H above 0, with one H, "
             f"got {list(hidden.shape)} and {list(weight.shape)}."
         )
     if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
@@ -161,8 +173,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logprobs, entropy (empty unless wanted), and what the backward needs: peak, log_sum."""
     check_values("token_logprobs", hidden, weight, targets)
-    kernels = _kernels(backend)
-    return kernels.forward(hidden, weight, targets, temperature, with_entropy)
+    with exact(hidden):
+        return _kernels(backend).forward(hidden, weight, targets, temperature, with_entropy)
 
 
 @_forward.register_fake
@@ -199,17 +211,18 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of hidden and weight, each empty unless needed."""
     rows = live_rows(on_logprob, on_entropy)
-    return _kernels(backend).backward(
-        hidden,
-        weight,
-        targets,
-        (peak, log_sum, entropy),
-        (on_logprob, on_entropy),
-        rows,
-        temperature=temperature,
-        need_hidden=need_hidden,
-        need_weight=need_weight,
-    )
+    with exact(hidden):
+        return _kernels(backend).backward(
+            hidden,
+            weight,
+            targets,
+            (peak, log_sum, entropy),
+            (on_logprob, on_entropy),
+            rows,
+            temperature=temperature,
+            need_hidden=need_hidden,
+            need_weight=need_weight,
+        )
 
 
 @_backward.register_fake
@@ -255,6 +268,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)
 
 
+@once_differentiable
 def _differentiate(
     ctx: Any, on_logprob: Tensor | None, on_entropy: Tensor | None, *_: Any
 ) -> tuple[Tensor | None, ...]:

@@ -1,0 +1,105 @@
+"""What the policy loss refuses, and the token counts of its sequences.
+
+Shapes: T packed response tokens, S sequences.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from rmr1.kernels.policy_loss_config import PolicyLossConfig
+
+
+def check(
+    logprobs: Tensor,
+    advantages: Tensor,
+    ids: Tensor,
+    others: dict[str, Tensor | None],
+    config: PolicyLossConfig,
+) -> None:
+    """Refuse what cannot be meant, as far as it shows without a look at the values."""
+    if logprobs.ndim != 1 or not logprobs.is_floating_point():
+        raise ValueError(
+            f"logprobs must be a floating vector [T], got {logprobs.dtype} of shape"
+            f" {tuple(logprobs.shape)}"
+        )
+    for name, value in {**others, "sequence_ids": ids}.items():
+        if value is not None and value.shape != logprobs.shape:
+            raise ValueError(
+                f"{name} must have the shape of logprobs {tuple(logprobs.shape)}, got"
+                f" {tuple(value.shape)}"
+            )
+        if value is not None and value.device != logprobs.device:
+            raise ValueError(f"{name} must be on {logprobs.device}, got {value.device}")
+    if advantages.ndim != 1 or advantages.device != logprobs.device:
+        raise ValueError(
+            f"advantages must be a vector [S] on {logprobs.device}, got shape"
+            f" {tuple(advantages.shape)} on {advantages.device}"
+        )
+    for name, value in {**others, "advantages": advantages}.items():
+        if value is not None and not value.is_floating_point():
+            raise ValueError(f"{name} must be floating, got {value.dtype}")
+    if ids.dtype != torch.int64:
+        raise ValueError(f"sequence_ids must be int64, got {ids.dtype}")
+    if config.beta > 0 and others["ref_logprobs"] is None:
+        raise ValueError("ref_logprobs is needed when beta > 0; give it or set beta to 0")
+    if config.correction != "none" and others["rollout_logprobs"] is None:
+        raise ValueError(
+            f"rollout_logprobs is needed by correction {config.correction!r}; give it or set"
+            " correction to none"
+        )
+
+
+def check_counts(
+    tokens: int, sequences: int, lengths: Tensor | None, advantages: Tensor, any_token: bool
+) -> None:
+    """Refuse counts of the update that no update has."""
+    for name, count in (("token_count", tokens), ("sequence_count", sequences)):
+        if count < any_token:
+            raise ValueError(f"{name} must be above 0, got {count}")
+    if lengths is None:
+        return
+    if (
+        lengths.shape != advantages.shape
+        or lengths.device != advantages.device
+        or lengths.dtype != torch.int64
+    ):
+        raise ValueError(
+            f"sequence_lengths must be int64 of the shape of advantages"
+            f" {tuple(advantages.shape)} on {advantages.device}, got {lengths.dtype} of shape"
+            f" {tuple(lengths.shape)} on {lengths.device}"
+        )
+
+
+def sequence_counts(ids: Tensor, sequences: int) -> Tensor:
+    """The tokens of each sequence, int64 [S]. ValueError for ids out of order or out of range."""
+    # In a traced graph the look at the values has to be an op; outside of one that only costs.
+    return _op(ids, sequences) if torch.compiler.is_compiling() else _count(ids, sequences)
+
+
+@custom_op("rmr1::sequence_counts", mutates_args=())
+def _op(ids: Tensor, sequences: int) -> Tensor:
+    return _count(ids, sequences)
+
+
+@_op.register_fake
+def _(ids: Tensor, sequences: int) -> Tensor:
+    return ids.new_empty(sequences)
+
+
+def _count(ids: Tensor, sequences: int) -> Tensor:
+    if ids.numel():
+        falls = (ids[1:] < ids[:-1]).any().long()
+        falls, low, high = torch.stack([falls, ids[0], ids[-1]]).tolist()  # one wait for the GPU
+        if falls:
+            raise ValueError(
+                "sequence_ids must not decrease: the tokens of a sequence stand together"
+            )
+        if low < 0 or high >= sequences:
+            raise ValueError(
+                f"sequence_ids must lie in 0..{sequences - 1} (one per advantage), got"
+                f" {low}..{high}"
+            )
+    return torch.bincount(ids, minlength=sequences)
