@@ -149,7 +149,7 @@ def changes_table(found: Sequence[Change]) -> Table:
         table.add_column(name, justify="right")
     table.add_column("")
     for one in found:
-        numbers = (f"{one.before:.2f}", f"{one.now:.2f}", f"{one.ratio:.2f}")
+        numbers = (figure(one.before), figure(one.now), f"{one.ratio:.2f}")
         mark = Text("slower", style="bold red") if one.slower else ""
         table.add_row(f"{one.benchmark}: {one.workload}", one.provider, *numbers, mark)
     return table
