@@ -12,6 +12,7 @@ import sys
 
 import harness
 import torch
+from check import check
 from harness import Limits, Row, Run, Work
 from torch import Tensor
 
@@ -40,7 +41,7 @@ def measure(options: argparse.Namespace, limits: Limits) -> list[Row]:
     # Rewards that are not all 1 or -1: their means are exact in fp32 and would hide a fault.
     rewards, groups, tokens = case(37, options.group, options.device)
     given = [rewards + torch.randn(len(rewards)).to(rewards), groups, tokens]
-    error = harness.check("group_advantages", op, plain, given, 0)
+    error = check("group_advantages", op, plain, given, 0)
     rows = []
     for prompts in options.prompts or ([8] if options.quick else [16, 256, 1024]):
         inputs = case(prompts, options.group, options.device)

@@ -15,7 +15,8 @@ from collections.abc import Callable
 
 import harness
 import torch
-from harness import Function, Limits, Row, Run, Work
+from check import Function, check
+from harness import Limits, Row, Run, Work
 from torch import Tensor
 
 from rmr1.kernels.dispatch import use
@@ -73,7 +74,7 @@ def measure(options: argparse.Namespace, limits: Limits) -> list[Row]:
             with use("reference"):
                 return op(*inputs)
 
-        error = harness.check(f"policy_loss {name}", op, plain, case(2051, options.device), 1)
+        error = check(f"policy_loss {name}", op, plain, case(2051, options.device), 1)
         for count in tokens:
             inputs = case(count, options.device)
             new = inputs[0].requires_grad_()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 
 import torch
-from harness import Function
+from check import Function
 from model_op import ModelOp, run
 from torch import Tensor
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import harness
 import torch
+from check import check
 from harness import Limits, Row, Run, Work
 from torch import Tensor
 from torch.nn import functional as F
@@ -101,7 +102,7 @@ def case(tokens: int, hidden: int, words: int, options: argparse.Namespace) -> l
     return [x, w, torch.randint(0, words, (tokens,), device=options.device)]
 
 
-def check(options: argparse.Namespace) -> dict[str, float]:
+def errors_of(options: argparse.Namespace) -> dict[str, float]:
     """Both forms at a size where no tile is full, the op with its entropy."""
     inputs = case(67, 136, 1061, options)
 
@@ -110,7 +111,7 @@ def check(options: argparse.Namespace) -> dict[str, float]:
         return logs.gather(1, y[:, None]).squeeze(1), -(logs.exp() * logs).sum(dim=1)
 
     return {
-        "rmr1 token_logprobs": harness.check(
+        "rmr1 token_logprobs": check(
             "token_logprobs",
             lambda x, w, y: token_logprobs(x, w, y, return_entropy=True),
             reference,
@@ -118,7 +119,7 @@ def check(options: argparse.Namespace) -> dict[str, float]:
             2,
             torchs=naive,
         ),
-        "rmr1 token_loss": harness.check(
+        "rmr1 token_loss": check(
             "token_loss",
             lambda x, w, y: (callback_loss(x, w, y),),
             lambda x, w, y: (-reference(x, w, y)[0].mean(),),
@@ -132,7 +133,7 @@ def check(options: argparse.Namespace) -> dict[str, float]:
 def measure(options: argparse.Namespace, limits: Limits) -> list[Row]:
     """Check, then the rows of each size."""
     torch.manual_seed(0)
-    errors = check(options)
+    errors = errors_of(options)
     hidden, words = SHAPES[options.device]
     hidden, words = options.hidden or hidden, options.vocabulary or words
     if options.quick:

@@ -13,7 +13,8 @@ from functools import partial
 
 import harness
 import torch
-from harness import Function, Limits, Row, Run, Work
+from check import Function, check
+from harness import Limits, Row, Run, Work
 from torch import Tensor
 
 # Heads of queries and keys together.
@@ -61,7 +62,7 @@ def measure(op: ModelOp, options: argparse.Namespace, limits: Limits) -> list[Ro
     odd = {**shape, "hidden": 337, "inner": 1025, "heads": 5}
     torch.manual_seed(0)
     small = [x.to(options.device) for x in op.inputs(67, odd, dtype)]
-    error = harness.check(op.stem, op.op, op.reference, small, op.leaves)
+    error = check(op.stem, op.op, op.reference, small, op.leaves)
     tokens = options.tokens or ([17] if options.quick else TOKENS[options.device])
     rows = []
     for count in tokens:

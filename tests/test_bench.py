@@ -30,6 +30,14 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return harness
 
 
+@pytest.fixture
+def check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import check
+
+    return check
+
+
 def row(provider: str, x_yardstick: float, **more: Any) -> dict[str, Any]:
     known = {"benchmark": "op", "workload": "T=1", "device": "here", "threads": 2, "unit": "s"}
     times = {"median": x_yardstick, "p20": 0.9 * x_yardstick, "p80": 1.2 * x_yardstick}
@@ -65,27 +73,27 @@ class WrongGradient(torch.autograd.Function):
         (lambda x, w: (x.square()[:1] * w[:1],), r"output 0 has shape \[1\], and the .* \[50\]"),
     ],
 )
-def test_the_check_finds_a_wrong_op(harness: ModuleType, wrong: Any, told: str) -> None:
+def test_the_check_finds_a_wrong_op(check: ModuleType, wrong: Any, told: str) -> None:
     inputs = [torch.randn(50), torch.randn(50)]
-    assert harness.check("op", square, square, inputs, 2) <= 1
-    with pytest.raises(harness.WrongResult, match=f"^op: .*{told}.*nothing was timed"):
-        harness.check("op", wrong, square, inputs, 2)
+    assert check.check("op", square, square, inputs, 2) <= 1
+    with pytest.raises(check.WrongResult, match=f"^op: .*{told}.*nothing was timed"):
+        check.check("op", wrong, square, inputs, 2)
 
 
-def test_the_check_measures_in_torchs_own_error(harness: ModuleType) -> None:
+def test_the_check_measures_in_torchs_own_error(check: ModuleType) -> None:
     inputs = [torch.randn(50).bfloat16(), torch.randn(50).bfloat16()]
 
     def exact(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
         return tuple(one.to(x.dtype) for one in square(x.float(), w.float()))
 
-    assert 0.1 < harness.check("op", exact, exact, inputs, 2, torchs=square) <= 1
-    with pytest.raises(harness.WrongResult, match=r"times torch's own in bfloat16"):
-        harness.check("op", lambda x, w: (x.square() * w * 1.1,), exact, inputs, 2, torchs=square)
+    assert 0.1 < check.check("op", exact, exact, inputs, 2, torchs=square) <= 1
+    with pytest.raises(check.WrongResult, match=r"times torch's own in bfloat16"):
+        check.check("op", lambda x, w: (x.square() * w * 1.1,), exact, inputs, 2, torchs=square)
 
 
-def test_zeros_prove_nothing(harness: ModuleType) -> None:
-    with pytest.raises(harness.WrongResult, match="a largest value of 0"):
-        harness.check("op", square, square, [torch.zeros(3), torch.zeros(3)], 2)
+def test_zeros_prove_nothing(check: ModuleType) -> None:
+    with pytest.raises(check.WrongResult, match="a largest value of 0"):
+        check.check("op", square, square, [torch.zeros(3), torch.zeros(3)], 2)
 
 
 # --- Rows ----------------------------------------------------------------------------------------
