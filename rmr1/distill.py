@@ -18,7 +18,7 @@ from torch import Tensor
 from rmr1.config import SftConfig
 from rmr1.data import Pair, shuffled_epochs
 from rmr1.engine.checkpoint import Progress, restore_trainer
-from rmr1.engine.packing import Batch, pack
+from rmr1.engine.packing import Responses, pack
 from rmr1.engine.trainer import Trainer
 from rmr1.engine.weights import load_model, read_config
 from rmr1.models import load_tokenizer, resolve_device, resolve_model
@@ -31,7 +31,7 @@ OnStep = Callable[[int, int, dict[str, float]], None]
 OnStart = Callable[[int, int], None]
 
 
-def nll(logprobs: Tensor, batch: Batch, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+def nll(logprobs: Tensor, responses: Responses, count: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Negative log-likelihood: minus the sum over tokens, by the token count of the update."""
     return -logprobs.sum() / count, {}
 
@@ -66,7 +66,7 @@ def distill(
                 islice(stream, min(config.batch_size, _left(step, per_epoch, traces, config)))
             )
             batch = pack([row[0] for row in rows], [row[1] for row in rows])
-            stats = trainer.update(batch, nll)
+            stats = trainer.update(batch, nll, per_token=True)
             progress = Progress(step, trainer.updates, progress.drawn + len(rows))
             row = {
                 "stage": "sft",

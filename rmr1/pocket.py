@@ -203,7 +203,9 @@ def pretrain(
     tasks = drawn_tasks(number)
     for step in range(1, steps + 1):
         rows = [_example(tokenizer, task, rng) for task in islice(tasks, BATCH)]
-        stats = trainer.update(pack([r[0] for r in rows], [r[1] for r in rows]), nll)
+        stats = trainer.update(
+            pack([r[0] for r in rows], [r[1] for r in rows]), nll, per_token=True
+        )
         if on_step is not None:
             on_step(step, steps, {"loss": stats.loss})
         if step % SAVE_EVERY == 0 or step == steps:

@@ -22,7 +22,7 @@ from rmr1.config import RlvrConfig
 from rmr1.data import Pair, shuffled_epochs
 from rmr1.engine.checkpoint import Progress, restore_trainer
 from rmr1.engine.generator import Generator, Rollout, SamplingParams
-from rmr1.engine.packing import Batch, pack
+from rmr1.engine.packing import Batch, Responses, pack
 from rmr1.engine.trainer import Loss, StepStats, Trainer, score
 from rmr1.engine.weights import load_model
 from rmr1.kernels.group_advantage import group_advantages
@@ -87,7 +87,8 @@ class _Stage:
             temperature=config.rollout.temperature,
         )
         self.generator = Generator(policy, self.tokenizer, kv_memory_gb=config.rollout.kv_memory_gb)
-        self.loss = _loss(config)
+        self.objective = _objective(config)
+        self.loss = _loss(self.objective)
         self.progress = Progress(0, 0, 0)
 
     def resume(self) -> Progress:
@@ -124,7 +125,8 @@ class _Stage:
         )
         batch = batch.with_logprobs(old=self._old_logprobs(batch), ref=self._ref_logprobs(batch))
         updates = [
-            self.trainer.update(mini, self.loss) for mini in batch.split(config.grpo.minibatches)
+            self.trainer.update(mini, self.loss, per_token=self.objective.per_token)
+            for mini in batch.split(config.grpo.minibatches)
         ]
 
         self.progress = Progress(step, self.trainer.updates, self.progress.drawn + len(drawn))
@@ -205,26 +207,28 @@ def _sampling(config: RlvrConfig, step: int) -> SamplingParams:
     )
 
 
-def _loss(config: RlvrConfig) -> Loss:
-    objective = PolicyLossConfig(
+def _objective(config: RlvrConfig) -> PolicyLossConfig:
+    return PolicyLossConfig(
         clip_low=config.grpo.clip_low, clip_high=config.grpo.clip_high, beta=config.grpo.beta
     )
 
-    def loss(logprobs: Tensor, batch: Batch, count: int) -> tuple[Tensor, dict[str, Tensor]]:
-        assert batch.old_logprobs is not None
-        assert batch.rollout_logprobs is not None
+
+def _loss(objective: PolicyLossConfig) -> Loss:
+    def loss(logprobs: Tensor, tokens: Responses, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+        assert tokens.old_logprobs is not None
+        assert tokens.rollout_logprobs is not None
         value, stats = policy_loss(
             logprobs,
-            batch.old_logprobs,
-            batch.advantages,
-            batch.sequence_ids,
-            ref_logprobs=batch.ref_logprobs,
+            tokens.old_logprobs,
+            tokens.advantages,
+            tokens.sequence_ids,
+            ref_logprobs=tokens.ref_logprobs,
             config=objective,
             token_count=count,
         )
         # On the first minibatch the policy is still the one that sampled: what is left is the
         # difference between generator and trainer.
-        apart = (logprobs.detach() - batch.rollout_logprobs).abs()
+        apart = (logprobs.detach() - tokens.rollout_logprobs).abs()
         return value, {**stats, "logprob_mismatch": apart.sum() / count}
 
     return loss

@@ -275,9 +275,9 @@ def test_traces_past_the_models_positions_are_dropped_and_counted(
     seen: list[int] = []
     update = trainer_module.Trainer.update
 
-    def look(self: Any, batch: Any, loss: Any) -> Any:
+    def look(self: Any, batch: Any, loss: Any, *, per_token: bool) -> Any:
         seen.extend(batch.lengths)
-        return update(self, batch, loss)
+        return update(self, batch, loss, per_token=per_token)
 
     monkeypatch.setattr(trainer_module.Trainer, "update", look)
     config = sft_config(model=str(small))

@@ -35,7 +35,7 @@ def test_fields_against_plain_loops() -> None:
     assert made.positions.tolist() == positions
     assert made.predict_index.tolist() == predict
     assert made.targets.tolist() == targets
-    assert made.sequence_ids.tolist() == owners
+    assert made.responses.sequence_ids.tolist() == owners
     assert made.lengths == (5, 4, 3, 7, 5)
     assert made.response_lengths == [2, 3, 1, 4, 1]
     assert made.response_tokens == 11
@@ -52,7 +52,7 @@ def check_part(part: Batch, first: int, last: int) -> None:
     assert part.prompt_lengths == alone.prompt_lengths
     for name in ("token_ids", "advantages", "positions", "predict_index", "targets"):
         assert torch.equal(getattr(part, name), getattr(alone, name)), name
-    assert torch.equal(part.sequence_ids, alone.sequence_ids)
+    assert torch.equal(part.responses.sequence_ids, alone.responses.sequence_ids)
     for factor, values in (
         (1, part.rollout_logprobs),
         (2, part.old_logprobs),

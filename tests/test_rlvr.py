@@ -55,9 +55,9 @@ def updates(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
     seen: list[Batch] = []
     update = Trainer.update
 
-    def look(self: Trainer, batch: Batch, loss: Loss) -> StepStats:
+    def look(self: Trainer, batch: Batch, loss: Loss, *, per_token: bool) -> StepStats:
         seen.append(batch)
-        return update(self, batch, loss)
+        return update(self, batch, loss, per_token=per_token)
 
     monkeypatch.setattr(Trainer, "update", look)
     return seen
@@ -99,10 +99,10 @@ def test_the_time_left_of_a_resumed_run_leaves_out_what_was_done(
         rlvr(rlvr_config(), on_step=interrupt_at(2))
     now, update = 0.0, Trainer.update
 
-    def slow(self: Trainer, batch: Batch, loss: Loss) -> StepStats:
+    def slow(self: Trainer, batch: Batch, loss: Loss, *, per_token: bool) -> StepStats:
         nonlocal now
         now += 6  # two updates a step
-        return update(self, batch, loss)
+        return update(self, batch, loss, per_token=per_token)
 
     monkeypatch.setattr(Trainer, "update", slow)
     bar = Phase("RL", 4, "steps", clock=lambda: now)
@@ -121,10 +121,10 @@ def test_ctrl_c_in_the_middle_of_a_step_finishes_and_saves_it(
 ) -> None:
     update = Trainer.update
 
-    def presses(self: Trainer, batch: Batch, loss: Loss) -> StepStats:
+    def presses(self: Trainer, batch: Batch, loss: Loss, *, per_token: bool) -> StepStats:
         if self.updates == 2:  # the first of the two updates of step 2
             signal.raise_signal(signal.SIGINT)
-        return update(self, batch, loss)
+        return update(self, batch, loss, per_token=per_token)
 
     config = rlvr_config()
     with monkeypatch.context() as patch:

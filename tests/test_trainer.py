@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from rmr1.distill import nll
 from rmr1.engine.optim_config import OptimConfig
 from rmr1.engine.optimizer import optimizer_tensors
-from rmr1.engine.packing import Batch, pack
+from rmr1.engine.packing import Batch, Responses, pack
 from rmr1.engine.trainer import Loss, StepStats, Trainer, score
 from rmr1.engine.weights import load_model
+from rmr1.kernels import token_loss_cpu
 from rmr1.kernels.policy_loss import PolicyLossConfig, policy_loss
 
 PROMPTS = [[3, 7, 8, 9], [3, 10], [3, 4, 5, 6, 7, 8, 9, 10, 11], [12], [3, 7, 8, 9]]
@@ -38,7 +39,7 @@ def directory(request: pytest.FixtureRequest, tiny_model: Path, tmp_path: Path) 
 
 
 def gradients_of_update(
-    trainer: Trainer, batch: Batch, loss: Loss, monkeypatch: pytest.MonkeyPatch
+    trainer: Trainer, batch: Batch, loss: Loss, patch: pytest.MonkeyPatch, per_token: bool = False
 ) -> tuple[StepStats, dict[str, Tensor]]:
     """Make an update whose optimiser step is replaced by a look at the gradients."""
     seen: dict[str, Tensor] = {}
@@ -48,8 +49,8 @@ def gradients_of_update(
             assert parameter.grad is not None, name
             seen[name] = parameter.grad.clone()
 
-    monkeypatch.setattr(trainer.optimizer, "step", look)
-    return trainer.update(batch, loss), seen
+    patch.setattr(trainer.optimizer, "step", look)
+    return trainer.update(batch, loss, per_token=per_token), seen
 
 
 def their_logprobs(theirs: nn.Module, temperature: float) -> list[Tensor]:
@@ -71,8 +72,9 @@ def assert_same_gradients(found: dict[str, Tensor], theirs: nn.Module) -> None:
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("per_token", [True, False])
 def test_sft_loss_and_gradients_equal_transformers(
-    directory: Path, monkeypatch: pytest.MonkeyPatch
+    directory: Path, monkeypatch: pytest.MonkeyPatch, per_token: bool
 ) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     rows = their_logprobs(theirs, 1.0)
@@ -80,7 +82,8 @@ def test_sft_loss_and_gradients_equal_transformers(
     expected.backward()
 
     trainer = Trainer(load_model(directory), CONFIG, total_updates=1, max_micro_tokens=16)
-    stats, found = gradients_of_update(trainer, pack(PROMPTS, RESPONSES), nll, monkeypatch)
+    batch = pack(PROMPTS, RESPONSES)
+    stats, found = gradients_of_update(trainer, batch, nll, monkeypatch, per_token)
     assert stats.loss == pytest.approx(expected.item(), abs=1e-5)
     assert_same_gradients(found, theirs)
     norm = torch.cat([g.flatten() for g in found.values()]).norm().item()
@@ -110,14 +113,14 @@ def test_grpo_gradients_equal_transformers_and_a_plain_loop(
 
     config = PolicyLossConfig(clip_low=low, clip_high=high, beta=beta)
 
-    def loss(logprobs: Tensor, batch: Batch, count: int) -> tuple[Tensor, dict[str, Tensor]]:
-        assert batch.old_logprobs is not None
+    def loss(logprobs: Tensor, tokens: Responses, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+        assert tokens.old_logprobs is not None
         return policy_loss(
             logprobs,
-            batch.old_logprobs,
-            batch.advantages,
-            batch.sequence_ids,
-            ref_logprobs=batch.ref_logprobs,
+            tokens.old_logprobs,
+            tokens.advantages,
+            tokens.sequence_ids,
+            ref_logprobs=tokens.ref_logprobs,
             config=config,
             token_count=count,
         )
@@ -125,7 +128,9 @@ def test_grpo_gradients_equal_transformers_and_a_plain_loop(
     batch = pack(PROMPTS, RESPONSES, advantages=torch.tensor(advantages))
     batch = batch.with_logprobs(old=torch.cat(old), ref=torch.cat(ref))
     results = []
-    for limit in (10**6, 16, 1):  # all at once, a few sequences at a time, one at a time
+    # All at once, a few sequences at a time, one at a time; and three tokens at a time in the head.
+    monkeypatch.setattr(token_loss_cpu, "CHUNK_BYTES", 3 * 4 * 28)
+    for limit, per_token in ((10**6, False), (16, False), (1, False), (10**6, True), (16, True)):
         trainer = Trainer(
             load_model(directory),
             CONFIG,
@@ -133,7 +138,7 @@ def test_grpo_gradients_equal_transformers_and_a_plain_loop(
             max_micro_tokens=limit,
             temperature=temperature,
         )
-        stats, found = gradients_of_update(trainer, batch, loss, monkeypatch)
+        stats, found = gradients_of_update(trainer, batch, loss, monkeypatch, per_token)
         assert stats.loss == pytest.approx(expected.item(), abs=1e-5), limit
         assert_same_gradients(found, theirs)
         results.append(stats)
@@ -169,7 +174,9 @@ def test_a_mean_per_micro_batch_would_be_noticed(
 ) -> None:
     """The published code's loss, on this data, does depend on the micro-batch size."""
 
-    def published(logprobs: Tensor, batch: Batch, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def published(
+        logprobs: Tensor, tokens: Responses, count: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         return -logprobs.mean(), {}
 
     found = []
@@ -209,7 +216,7 @@ def test_updates_follow_the_schedule_and_lower_the_loss(tiny_model: Path) -> Non
 def test_a_gradient_that_is_not_finite_leaves_everything_alone(
     tiny_model: Path, value: float
 ) -> None:
-    def broken(logprobs: Tensor, batch: Batch, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def broken(logprobs: Tensor, tokens: Responses, count: int) -> tuple[Tensor, dict[str, Tensor]]:
         return logprobs.sum() * value, {}
 
     trainer = Trainer(load_model(tiny_model), CONFIG, total_updates=4)

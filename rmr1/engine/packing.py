@@ -14,6 +14,31 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
+class Responses:
+    """The response tokens of a batch, or some of them, as a loss sees them; R of them."""
+
+    sequence_ids: Tensor  # [R] int64, into the S sequences of the batch
+    advantages: Tensor  # [S] fp32
+    rollout_logprobs: Tensor | None  # [R] fp32, as in `Batch`
+    old_logprobs: Tensor | None  # [R] fp32
+    ref_logprobs: Tensor | None  # [R] fp32
+
+    def rows(self, rows: slice) -> Responses:
+        """Some of the tokens, as views."""
+
+        def cut(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[rows]
+
+        return replace(
+            self,
+            sequence_ids=self.sequence_ids[rows],
+            rollout_logprobs=cut(self.rollout_logprobs),
+            old_logprobs=cut(self.old_logprobs),
+            ref_logprobs=cut(self.ref_logprobs),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """Packed sequences, each a prompt and its response.
 
@@ -64,11 +89,17 @@ class Batch:
         return self.token_ids[self.predict_index + 1]
 
     @property
-    def sequence_ids(self) -> Tensor:
-        """The sequence each response token belongs to, [R] into S."""
+    def responses(self) -> Responses:
+        """What a loss sees."""
         counts = torch.tensor(self.response_lengths)
         sequences = torch.arange(len(self.lengths)).repeat_interleave(counts)
-        return sequences.to(self.token_ids.device)
+        return Responses(
+            sequence_ids=sequences.to(self.token_ids.device),
+            advantages=self.advantages,
+            rollout_logprobs=self.rollout_logprobs,
+            old_logprobs=self.old_logprobs,
+            ref_logprobs=self.ref_logprobs,
+        )
 
     def with_logprobs(self, *, old: Tensor | None = None, ref: Tensor | None = None) -> Batch:
         """The same batch with the log-probabilities that the loss compares with, each [R]."""

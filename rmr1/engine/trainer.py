@@ -16,12 +16,13 @@ from rmr1.engine.attention import PackedAttention
 from rmr1.engine.model import CausalLM
 from rmr1.engine.optim_config import OptimConfig, learning_rate
 from rmr1.engine.optimizer import make_optimizer
-from rmr1.engine.packing import Batch
+from rmr1.engine.packing import Batch, Responses
 from rmr1.kernels.token_logprob import token_logprobs
+from rmr1.kernels.token_loss import token_loss
 
-# (log-probabilities of the response tokens [R], their micro-batch, R of the whole update)
-# -> loss, and statistics that add up over micro-batches
-Loss = Callable[[Tensor, Batch, int], tuple[Tensor, dict[str, Tensor]]]
+# (log-probabilities [R], the response tokens they belong to, how many the whole update has)
+# -> loss, and statistics, both of which add up over the parts of an update
+Loss = Callable[[Tensor, Responses, int], tuple[Tensor, dict[str, Tensor]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,23 +56,20 @@ class Trainer:
         self.temperature = temperature
         self.updates = 0
 
-    def update(self, batch: Batch, loss: Loss) -> StepStats:
+    def update(self, batch: Batch, loss: Loss, *, per_token: bool = False) -> StepStats:
         """Make one optimiser step on `batch`, in micro-batches of `max_micro_tokens`.
 
-        A gradient that is not finite leaves the weights alone and is reported as such.
+        `per_token` says that the loss of a token depends on no other token's log-probability: it is
+        then asked chunk by chunk, and the head multiplies three times instead of four
+        (rmr1/kernels/token_loss.py). A gradient that is not finite leaves the weights alone and is
+        reported as such.
         """
         count = batch.response_tokens
-        total = 0.0
-        sums: dict[str, float] = {"entropy": 0.0}
+        stats: dict[str, Tensor] = {}
         device = self.model.lm_head_weight.device
         for part in batch.micro_batches(self.max_micro_tokens):
-            micro = part.to(device)
-            logprobs, entropy = response_logprobs(self.model, micro, self.temperature)
-            value, stats = loss(logprobs, micro, count)
-            torch.autograd.backward(value)
-            total += value.item()
-            sums["entropy"] += entropy.detach().sum().item() / count
-            _accumulate(sums, stats)
+            self._add_gradient(part.to(device), loss, count, per_token, stats)
+        sums = {name: value.item() for name, value in stats.items()}
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         rate = learning_rate(self.config, self.updates, self.total_updates)
         if bool(torch.isfinite(norm)):
@@ -80,28 +78,59 @@ class Trainer:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1
-        entropy_mean = sums.pop("entropy")
-        return StepStats(total, entropy_mean, norm.item(), rate, sums)
+        return StepStats(sums.pop("loss"), sums.pop("entropy"), norm.item(), rate, sums)
 
+    def _add_gradient(
+        self, batch: Batch, loss: Loss, count: int, per_token: bool, stats: dict[str, Tensor]
+    ) -> None:
+        """Add the gradient of one micro-batch to the parameters', and its figures to `stats`."""
+        responses = batch.responses
 
-def _accumulate(sums: dict[str, float], stats: dict[str, Tensor]) -> None:
-    """Add up means over micro-batches; keep the extremes of extremes."""
-    for name, value in stats.items():
-        if name.endswith("_max"):
-            sums[name] = max(sums.get(name, -torch.inf), value.item())
-        elif name.endswith("_min"):
-            sums[name] = min(sums.get(name, torch.inf), value.item())
+        def part_loss(logprobs: Tensor, rows: slice) -> Tensor:
+            value, more = loss(logprobs, responses.rows(rows), count)
+            _accumulate(stats, {"loss": value.detach(), **more})
+            return value
+
+        if per_token:
+            value, _, entropy = token_loss(
+                _predicting(self.model, batch),
+                self.model.lm_head_weight,
+                batch.targets,
+                part_loss,
+                temperature=self.temperature,
+            )
         else:
-            sums[name] = sums.get(name, 0.0) + value.item()
+            logprobs, entropy = response_logprobs(self.model, batch, self.temperature)
+            value = part_loss(logprobs, slice(0, len(logprobs)))
+        torch.autograd.backward(value)
+        _accumulate(stats, {"entropy": entropy.detach().sum() / count})
+
+
+def _accumulate(sums: dict[str, Tensor], stats: dict[str, Tensor]) -> None:
+    """Add up means over the parts of an update; keep the extremes of extremes."""
+    for name, value in stats.items():
+        if name not in sums:
+            sums[name] = value
+        elif name.endswith("_max"):
+            sums[name] = torch.maximum(sums[name], value)
+        elif name.endswith("_min"):
+            sums[name] = torch.minimum(sums[name], value)
+        else:
+            sums[name] = sums[name] + value
+
+
+def _predicting(model: CausalLM, batch: Batch) -> Tensor:
+    """The hidden states that predict the response tokens, [R, H]."""
+    hidden = model(batch.token_ids, batch.positions, PackedAttention(batch.lengths))  # [T, H]
+    return hidden[batch.predict_index]
 
 
 def response_logprobs(
     model: CausalLM, batch: Batch, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of every response token, [R] each, with autograd."""
-    hidden = model(batch.token_ids, batch.positions, PackedAttention(batch.lengths))  # [T, H]
     logprobs, entropy = token_logprobs(
-        hidden[batch.predict_index],
+        _predicting(model, batch),
         model.lm_head_weight,
         batch.targets,
         temperature=temperature,

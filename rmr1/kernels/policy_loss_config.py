@@ -76,6 +76,11 @@ class PolicyLossConfig:
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length must be at least 1, got {self.max_length}")
 
+    @property
+    def per_token(self) -> bool:
+        """Whether a token's loss depends on no other token's log-probability (see token_loss)."""
+        return self.ratio == "token" and self.correction != "mask_sequence"
+
 
 def variant(name: str, *, max_length: int | None = None) -> PolicyLossConfig:
     """A published objective by its name, without KL unless its paper has one.
