@@ -37,8 +37,8 @@ test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
 lint: $(STAMP)
-	$(BIN)/ruff check rmr1 tests benchmarks setup.py
-	$(BIN)/ruff format --check rmr1 tests benchmarks setup.py
+	$(BIN)/ruff check rmr1 tests benchmarks recipes setup.py
+	$(BIN)/ruff format --check rmr1 tests benchmarks recipes setup.py
 	$(BIN)/mypy
 
 bench: $(STAMP)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rmr1 import _C
 from rmr1.kernels import token_logprob_cpu
-from rmr1.kernels.dispatch import use
+from rmr1.kernels.dispatch import Backend, use
 from rmr1.kernels.token_logprob import reference, token_logprobs
 
 
@@ -181,6 +181,30 @@ def test_rows_without_gradient_are_skipped_and_change_nothing() -> None:
     assert all((part == 0).all() for part in zero)
 
 
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("backend", ["reference", "native", "triton"])
+def test_masked_rows_never_reach_the_head(backend: Backend) -> None:
+    x, w, y = case(30, 5, 37, torch.float32)
+    mask = torch.arange(30) % 3 == 0
+    logprobs, entropy = plain(x, w, y, 0.5)
+    expected = torch.where(mask, logprobs + entropy, 0.0)
+    truth = torch.autograd.grad(expected.sum(), (x, w))
+    ignored = torch.where(mask, y, -100)  # what Hugging Face writes into labels
+    bad = torch.where(mask[:, None], x, torch.nan)  # what padding may hold
+    with use(backend):
+        found = token_logprobs(bad, w, ignored, temperature=0.5, mask=mask, return_entropy=True)
+        alone = token_logprobs(bad, w, ignored, temperature=0.5, mask=mask)
+    assert torch.allclose(found[0] + found[1], expected, atol=1e-5)
+    assert torch.equal(found[0], alone)
+    assert (found[0][~mask] == 0).all()
+    mine = torch.autograd.grad((found[0] + found[1]).sum(), (x, w))
+    assert torch.allclose(mine[0], truth[0], atol=1e-5)
+    assert torch.allclose(mine[1], truth[1], atol=1e-5)
+    with use(backend):
+        nothing = token_logprobs(x, w, y, mask=torch.zeros(30, dtype=torch.bool))
+    assert torch.equal(nothing, torch.zeros(30))
+
+
 def test_only_the_asked_gradients() -> None:
     x, w, y = case(9, 4, 11, torch.float32)
     (dx,) = torch.autograd.grad(token_logprobs(x, w.detach(), y).sum(), (x,))
@@ -285,6 +309,8 @@ def test_no_tensor_of_all_logits_lives() -> None:
         ({"weight": torch.zeros(7, 4, dtype=torch.bfloat16)}, r"one floating dtype"),
         ({"hidden": torch.full((3, 4), torch.nan)}, r"finite, got NaN or inf in 3 of its rows"),
         ({"hidden": torch.tensor([[1.0] * 4, [torch.inf] * 4, [2.0] * 4])}, r"in 1 of its rows"),
+        ({"mask": torch.ones(2, dtype=torch.bool)}, r"mask must be \[T\] bool .* got \[2\]"),
+        ({"mask": torch.ones(3)}, r"mask must be .* torch.float32 on cpu"),
         ({"temperature": -1.0}, r"temperature must be above 0, got -1.0"),
         ({"temperature": 0.0}, r"temperature must be above 0, got 0.0"),
         ({"temperature": float("inf")}, r"temperature"),

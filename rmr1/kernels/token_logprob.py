@@ -46,6 +46,7 @@ def token_logprobs(
     targets: Tensor,
     *,
     temperature: float = ...,
+    mask: Tensor | None = ...,
     return_entropy: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -57,6 +58,7 @@ def token_logprobs(
     targets: Tensor,
     *,
     temperature: float = ...,
+    mask: Tensor | None = ...,
     return_entropy: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -67,6 +69,7 @@ def token_logprobs(
     targets: Tensor,
     *,
     temperature: float = 1.0,
+    mask: Tensor | None = None,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return log p(target) of every row, in nats.
@@ -74,8 +77,10 @@ def token_logprobs(
     Args:
         hidden: [T, H], fp32, bf16, fp16 (or fp64, then all is fp64).
         weight: [V, H] in the dtype of hidden: the language-model head.
-        targets: [T] int64, each in [0, V).
+        targets: [T] int64, each in [0, V) where the mask is True.
         temperature: divides the logits; above 0.
+        mask: [T] bool: rows where it is False (prompt, padding) never reach the head. Their
+            log-probability and entropy are 0, and so is their gradient.
         return_entropy: also return the entropy of each row's distribution.
 
     Returns:
@@ -89,6 +94,15 @@ def token_logprobs(
     """
     hidden, weight = autocasted(hidden), autocasted(weight)
     check_shapes("token_logprobs", hidden, weight, targets, temperature)
+    rows = None
+    if mask is not None:
+        if mask.shape != targets.shape or mask.dtype != torch.bool or mask.device != hidden.device:
+            raise ValueError(
+                f"token_logprobs: mask must be [T] bool on {hidden.device} with T ="
+                f" {len(targets)}, got {list(mask.shape)} {mask.dtype} on {mask.device}."
+            )
+        rows = mask.nonzero().squeeze(1)  # [R]
+        hidden, targets = hidden[rows], targets[rows]
     backend = choose("token_logprobs", hidden, native=hidden.dtype != torch.float64)
     if backend == "reference":
         if not torch.compiler.is_compiling():  # a look at the values would break the graph
@@ -98,7 +112,15 @@ def token_logprobs(
         logprobs, entropy, _, _ = _forward(
             hidden, weight, targets, temperature, return_entropy, backend
         )
+    if mask is not None and rows is not None:
+        logprobs = _spread(logprobs, rows, len(mask))
+        entropy = _spread(entropy, rows, len(mask)) if return_entropy else entropy
     return (logprobs, entropy) if return_entropy else logprobs
+
+
+def _spread(values: Tensor, rows: Tensor, count: int) -> Tensor:
+    """[R] -> [T], 0 elsewhere."""
+    return values.new_zeros(count).index_copy(0, rows, values)
 
 
 def autocasted(x: Tensor) -> Tensor:
@@ -140,7 +162,7 @@ def check_shapes(
             f"{op}: hidden, weight and targets must be on one device, "
             f"got {hidden.device}, {weight.device} and {targets.device}."
         )
-    if not (temperature > 0 and math.isfinite(temperature)):
+    if not 0 < temperature < math.inf:  # math.isfinite would break a traced graph
         raise ValueError(f"{op}: temperature must be above 0, got {temperature}.")
 
 
@@ -155,7 +177,7 @@ def check_values(op: str, hidden: Tensor, weight: Tensor, targets: Tensor) -> No
     if low < 0 or high >= weight.shape[0]:
         raise ValueError(
             f"{op}: targets must be in [0, {weight.shape[0]}), got values from "
-            f"{int(low)} to {int(high)}; select the rows to score before the call."
+            f"{int(low)} to {int(high)}; give a mask of the rows to score."
         )
     if not math.isfinite(largest):
         bad = int((~torch.isfinite(hidden)).any(dim=1).sum())
