@@ -165,7 +165,8 @@ def policy_loss(
         )  # fmt: skip
     total = sums.double().sum(dim=0)
     total[5], total[6] = sums[:, 5].max(), sums[:, 6].min()
-    return total[0].float(), slope, total[1:]
+    # A copy: an op hands out no part of a larger tensor.
+    return total[0].float(), slope, total[1:].clone()
 
 
 def _means(values: Tensor, ids: Tensor, sequences: int) -> Tensor:

@@ -1,5 +1,5 @@
-"""A chunk of `token_loss` on a GPU: library GEMMs make its logits in fp32; two streaming kernels take
-the statistics of its rows and turn them into gradients in the dtype of the inputs.
+"""A chunk of `token_loss` on a GPU: library GEMMs make its logits in fp32, two streaming kernels
+take the statistics of its rows and turn them into gradients in the dtype of the inputs.
 
 Shapes: C rows, R of them with a gradient, H hidden size, V words.
 """
