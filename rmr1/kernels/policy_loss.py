@@ -171,7 +171,7 @@ def policy_loss(
         logprobs = logprobs.float()
     tokens = len(logprobs) if token_count is None else token_count
     sequences = len(advantages) if sequence_count is None else sequence_count
-    check_counts(tokens, sequences, sequence_lengths, advantages, bool(len(logprobs)))
+    check_counts(tokens, sequences, sequence_lengths, advantages, len(logprobs))
     counts = sequence_counts(sequence_ids, len(advantages))  # [S]
     lengths = counts if sequence_lengths is None else sequence_lengths
     weights = _weights(lengths, tokens, sequences, config).to(logprobs.dtype)

@@ -53,11 +53,11 @@ def check(
 
 
 def check_counts(
-    tokens: int, sequences: int, lengths: Tensor | None, advantages: Tensor, any_token: bool
+    tokens: int, sequences: int, lengths: Tensor | None, advantages: Tensor, here: int
 ) -> None:
-    """Refuse counts of the update that no update has."""
+    """Refuse counts that no update has of which `here` tokens are at hand."""
     for name, count in (("token_count", tokens), ("sequence_count", sequences)):
-        if count < any_token:
+        if count < 0 or (count == 0 and here > 0):
             raise ValueError(f"{name} must be above 0, got {count}")
     if lengths is None:
         return
