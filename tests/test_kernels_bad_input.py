@@ -114,6 +114,12 @@ HEAD_CASES: list[tuple[dict[str, Any], str]] = [
     ({"hidden": torch.eye(3, 4) * -INF}, "hidden must be finite"),
     *[({"temperature": t}, f"temperature must be above 0, got {t}") for t in (-1.0, 0.0, NAN, INF)],
 ]
+MASK_CASES: list[tuple[dict[str, Any], str]] = [
+    ({"mask": ones(3)}, r"mask must be \[T\] bool .*float32"),
+    ({"mask": ones(2).bool()}, r"mask must be .* T = 3, got \[2\]"),
+    ({"mask": ones(3, **META).bool()}, "mask must be .*on meta"),
+    ({"mask": ones(3).bool(), "targets": whole(0, 7, 2)}, "targets .*from 0 to 7"),
+]
 LOSS_CASES: list[tuple[dict[str, Any], str]] = [
     ({"logprobs": ones(3).long()}, "logprobs must be a floating vector .*int64"),
     ({"logprobs": ones(())}, r"logprobs must be a floating vector .*shape \(\)"),
@@ -187,7 +193,7 @@ GATE_CASES: list[tuple[dict[str, Any], str]] = [
 ]
 Op = Callable[..., Any]
 TABLE: list[tuple[Op, dict[str, Any], list[tuple[dict[str, Any], str]]]] = [
-    (token_logprobs, HEAD, HEAD_CASES),
+    (token_logprobs, HEAD, HEAD_CASES + MASK_CASES),
     (token_loss_of, HEAD, HEAD_CASES),
     (policy_loss, LOSS, LOSS_CASES),
     (group_advantages, GROUP, GROUP_CASES),
