@@ -131,8 +131,10 @@ def test_bf16_accumulation_of_dw(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bf16_accumulation_of_dx() -> None:
-    """The same of the hidden states' gradient, over tiles of the vocabulary: 3 - 4096 p w = 2."""
-    w = torch.ones(4096, 1, dtype=torch.bfloat16)
+    """The same of the hidden states' gradient, over tiles of the vocabulary: 3 - the mean of w = 2,
+    in steps of 1/256, where bf16 has a spacing of 1/64.
+    """
+    w = torch.ones(64 * 256, 1, dtype=torch.bfloat16)
     w[0] = 3
     x = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
     token_logprobs(x, w, torch.zeros(1, dtype=torch.int64)).sum().backward()
