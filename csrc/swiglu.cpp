@@ -50,7 +50,7 @@ static void swiglu_backward(const float* on_out, const float* gate, const float*
 
 namespace rmr1 {
 
-constexpr std::int64_t grain = 65536;  // less is sooner done alone than shared out
+constexpr std::int64_t grain = 16384;  // an exp each: less is sooner done alone than shared out
 
 void swiglu(const float* gate, const float* up, float* out, std::int64_t count, int threads) {
     const auto run = RMR1_CHOOSE(swiglu);
