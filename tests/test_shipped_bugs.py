@@ -10,8 +10,7 @@ spills and slow loads: tests/test_compile_gate.py::test_every_kernel_passes_in_i
 offsets and fp64 in the IR: tests/test_kernel_ir.py::test_int32_offsets
 launches: tests/test_kernel_ir.py::test_grid_dimension_y
 trial runs: tests/test_kernel_ir.py::test_autotuned_kernels_do_not_write_their_inputs
-
-Not here: DeepSpeed's ZeRO-3, which gathers a weight only when its own module is called.
+ZeRO-3 and a head outside its module: tests/test_scorer.py::test_zero3_gathers_the_head
 """  # noqa: E501  (a name is not broken over lines)
 
 from __future__ import annotations

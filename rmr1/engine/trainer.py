@@ -12,13 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rmr1.engine.attention import PackedAttention
 from rmr1.engine.model import CausalLM
 from rmr1.engine.optim_config import OptimConfig, learning_rate
 from rmr1.engine.optimizer import make_optimizer
 from rmr1.engine.packing import Batch, Responses
-from rmr1.kernels.token_logprob import token_logprobs
-from rmr1.kernels.token_loss import token_loss
+from rmr1.engine.scorer import Scorer
 
 # (log-probabilities [R], the response tokens they belong to, how many the whole update has)
 # -> loss, and statistics, both of which add up over the parts of an update
@@ -49,6 +47,7 @@ class Trainer:
         temperature: float = 1.0,
     ) -> None:
         self.model = model
+        self.scorer = Scorer(model)
         self.config = config
         self.optimizer = make_optimizer(model, config)
         self.total_updates = total_updates
@@ -92,15 +91,9 @@ class Trainer:
             return value
 
         if per_token:
-            value, _, entropy = token_loss(
-                _predicting(self.model, batch),
-                self.model.lm_head_weight,
-                batch.targets,
-                part_loss,
-                temperature=self.temperature,
-            )
+            value, entropy = self.scorer(batch, self.temperature, part_loss)
         else:
-            logprobs, entropy = response_logprobs(self.model, batch, self.temperature)
+            logprobs, entropy = self.scorer(batch, self.temperature)
             value = part_loss(logprobs, slice(0, len(logprobs)))
         torch.autograd.backward(value)
         _accumulate(stats, {"entropy": entropy.detach().sum() / count})
@@ -119,26 +112,6 @@ def _accumulate(sums: dict[str, Tensor], stats: dict[str, Tensor]) -> None:
             sums[name] = sums[name] + value
 
 
-def _predicting(model: CausalLM, batch: Batch) -> Tensor:
-    """The hidden states that predict the response tokens, [R, H]."""
-    hidden = model(batch.token_ids, batch.positions, PackedAttention(batch.lengths))  # [T, H]
-    return hidden[batch.predict_index]
-
-
-def response_logprobs(
-    model: CausalLM, batch: Batch, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy of every response token, [R] each, with autograd."""
-    logprobs, entropy = token_logprobs(
-        _predicting(model, batch),
-        model.lm_head_weight,
-        batch.targets,
-        temperature=temperature,
-        return_entropy=True,
-    )
-    return logprobs, entropy
-
-
 @torch.no_grad()
 def score(
     model: CausalLM, batch: Batch, *, max_micro_tokens: int = 8192, temperature: float = 1.0
@@ -146,5 +119,6 @@ def score(
     """Log-probabilities of the response tokens without a gradient, [R] on the host."""
     device = model.lm_head_weight.device
     micros = batch.micro_batches(max_micro_tokens)
-    scored = [response_logprobs(model, micro.to(device), temperature)[0] for micro in micros]
+    scorer = Scorer(model)
+    scored = [scorer(micro.to(device), temperature)[0] for micro in micros]
     return torch.cat(scored).cpu()
