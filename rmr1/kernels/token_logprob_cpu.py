@@ -63,10 +63,11 @@ def backward(
 
     The vocabulary is the outer loop, so each strip of the weight's gradient is written once.
     """
+    every = len(live) == len(hidden)  # then nothing is copied
     peak, log_sum = (value[live] for value in saved[:2])
     on_logprob, on_entropy = (None if grad is None else grad[live].float() for grad in grads)
     entropy = saved[2][live] if on_entropy is not None else None
-    words, x = targets[live], scaled(hidden[live], temperature)
+    words, x = targets[live], scaled(hidden if every else hidden[live], temperature)
     grad_x = torch.zeros_like(x) if need_hidden else None  # [R, H]
     grad_weight = torch.zeros_like(weight) if need_weight else weight.new_empty(0)
     buffer = tile_buffer(len(live), weight.shape[0])
@@ -93,6 +94,8 @@ def backward(
     if grad_x is None:
         return hidden.new_empty(0), grad_weight
     grad_x = grad_x.div_(temperature).to(hidden.dtype)
+    if every:
+        return grad_x, grad_weight
     return hidden.new_zeros(hidden.shape).index_copy_(0, live, grad_x), grad_weight
 
 

@@ -221,7 +221,8 @@ def backward(
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     """As `token_logprob_cpu.backward`."""
-    x, weight = rows_contiguous(hidden[live]), rows_contiguous(weight)
+    every = len(live) == len(hidden)  # then nothing is copied
+    x, weight = rows_contiguous(hidden if every else hidden[live]), rows_contiguous(weight)
     peak, log_sum = (value[live] for value in saved[:2])
     on_logprob, on_entropy = (None if grad is None else grad[live].float() for grad in grads)
     if on_logprob is None:
@@ -257,7 +258,9 @@ def backward(
     grad_hidden = hidden.new_empty(0)
     if need_hidden:
         grad_x = grad_x.div_(temperature).to(hidden.dtype)
-        grad_hidden = hidden.new_zeros(hidden.shape).index_copy_(0, live, grad_x)
+        grad_hidden = grad_x
+        if not every:
+            grad_hidden = hidden.new_zeros(hidden.shape).index_copy_(0, live, grad_x)
     return grad_hidden, grad_weight
 
 
