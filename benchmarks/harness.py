@@ -139,9 +139,7 @@ def limits(device: str, dtype: torch.dtype) -> Limits:
     """The best of a few runs: a limit is what the machine can do, not what it does on average."""
     dtypes = {dtype}
     if device == "cpu":
-        dtypes.add(
-            torch.float32
-        )  # many processors are faster in it, and so an op may compute in it
+        dtypes.add(torch.float32)  # often the fastest there, and then what an op computes in
     rate = max(_gemm_rate(device, one) for one in dtypes)
     source = torch.ones((1 << 28) if device == "cuda" else (1 << 25), device=device)
     target = torch.empty_like(source)

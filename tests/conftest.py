@@ -1,9 +1,9 @@
-"""A model small enough to train in a test, and runs that start from it."""
+"""A model small enough to train in a test, runs that start from it, and instruction sets."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from rmr1 import _C
 from rmr1.config import RlvrConfig, SftConfig
 from rmr1.data import Pair, write_pairs
 from rmr1.engine.model import CausalLM, ModelConfig
@@ -64,6 +65,15 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
     fast.chat_template = CHAT_TEMPLATE
     return fast
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set that this machine has."""
+    if not _C.force_isa(request.param):
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    _C.force_isa("best")
 
 
 @pytest.fixture(scope="session")

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from rmr1 import _C
 from rmr1.kernels.dispatch import use
 from rmr1.kernels.rmsnorm import add_rmsnorm, reference, rmsnorm
 
 EPS = 1e-5
-
-
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every instruction set that this machine has."""
-    if not _C.force_isa(request.param):
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    _C.force_isa("best")
 
 
 def run(inputs: list[Tensor], grads: list[Tensor], backend: Any) -> list[Tensor]:

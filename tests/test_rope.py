@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from rmr1 import _C
 from rmr1.kernels.dispatch import use
 from rmr1.kernels.rope import RopeScaling, inverse_frequencies, reference, rope, rope_tables
-
-
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every instruction set that this machine has."""
-    if not _C.force_isa(request.param):
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    _C.force_isa("best")
-
 
 SIZES = [(1, 1, 2), (7, 3, 10), (5, 9, 64), (2, 4, 128)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -80,7 +81,9 @@ def test_zero3_gathers_the_head(
     model["tie_word_embeddings"] = tied
     given = {"model": model, "prompts": PROMPTS, "responses": RESPONSES}
     given["with_forward"] = with_forward
-    port = str(20_000 + (os.getpid() * 7 + 2 * tied + with_forward) % 20_000)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", ZERO3, json.dumps(given)],

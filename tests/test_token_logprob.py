@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
-from rmr1 import _C
 from rmr1.kernels import token_logprob_cpu
 from rmr1.kernels.dispatch import Backend, use
 from rmr1.kernels.token_logprob import reference, token_logprobs
@@ -39,15 +36,6 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Force several tiles both ways, with remainders."""
     monkeypatch.setattr(token_logprob_cpu, "ROWS", 7)
     monkeypatch.setattr(token_logprob_cpu, "COLUMNS", 19)
-
-
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every instruction set that this machine has."""
-    if not _C.force_isa(request.param):
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    _C.force_isa("best")
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])

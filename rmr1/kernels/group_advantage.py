@@ -79,12 +79,14 @@ def group_advantages(
     _check(rewards, group_ids, token_counts, scale, baseline)
     rewards = rewards.detach().float()
     backend = choose("group_advantages", rewards, native=True)
+    total = None if token_counts is None else int(token_counts.sum())
     if backend == "reference":
         if not torch.compiler.is_compiling():
             _check_values(rewards, group_ids, token_counts)
         advantages = reference(rewards, group_ids, scale, baseline)
-        return advantages if token_counts is None else advantages.repeat_interleave(token_counts)
-    total = None if token_counts is None else int(token_counts.sum())
+        if token_counts is None:
+            return advantages
+        return advantages.repeat_interleave(token_counts, output_size=total)
     return _op(rewards, group_ids, scale == "std", baseline == "loo", token_counts, total, backend)
 
 
