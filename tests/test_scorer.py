@@ -69,6 +69,9 @@ for (name, a), b in zip(sharded.named_parameters(), alone.parameters(), strict=T
     assert b.grad.abs().max() > 1e-4, name
     torch.testing.assert_close(safe_get_full_grad(a).cpu(), b.grad, atol=1e-5, rtol=1e-4, msg=name)
 print("same")
+# Threads of gloo that outlive the interpreter would abort it.
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
 """
 
 
