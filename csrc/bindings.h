@@ -5,3 +5,5 @@
 
 void rmr1_bind_verdict(nanobind::module_& m);
 void rmr1_bind_kernels(nanobind::module_& m);
+void rmr1_bind_generation(nanobind::module_& m);
+void rmr1_bind_sample(nanobind::module_& m);

@@ -22,4 +22,17 @@ void parallel_for(std::int64_t count, std::int64_t grain, int threads, const Wor
     }
 }
 
+// Calls work(task) for 0..count-1; whoever is free takes the next one, so that tasks of different
+// sizes, or a core that others use too, hold nobody up. `work` must not throw.
+template <class Work>
+void parallel_tasks(std::int64_t count, int threads, const Work& work) {
+    if (threads <= 1 || count <= 1) {
+        for (std::int64_t task = 0; task < count; ++task) work(task);
+        return;
+    }
+    const std::int64_t most = count < threads ? count : threads;
+#pragma omp parallel for num_threads(static_cast<int>(most)) schedule(dynamic, 1)
+    for (std::int64_t task = 0; task < count; ++task) work(task);
+}
+
 }  // namespace rmr1

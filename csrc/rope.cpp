@@ -23,9 +23,9 @@ static void rope(const Turn& t, std::int64_t begin, std::int64_t end) {
                 store(y + half + i, b * c + a * s);
             }
             for (; i < half; ++i) {
-                const float s = sin[i] * direction;
-                y[i] = x[i] * cos[i] - x[half + i] * s;
-                y[half + i] = x[half + i] * cos[i] + x[i] * s;
+                const float s = sin[i] * direction, a = x[i], b = x[half + i];
+                y[i] = a * cos[i] - b * s;
+                y[half + i] = b * cos[i] + a * s;
             }
         }
     }

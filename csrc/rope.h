@@ -6,7 +6,7 @@
 namespace rmr1 {
 
 // x [T, N, D] has tokens `token_stride` floats apart and heads next to each other; y [T, N, D] is
-// contiguous; cos and sin [T, D / 2]. `back` turns the other way, as the gradient does.
+// contiguous and may be x; cos and sin [T, D / 2]. `back` turns the other way, as the gradient does.
 struct Turn {
     const float *x, *cos, *sin;
     float* y;

@@ -5,7 +5,10 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Literal, NamedTuple, final
 
+import numpy as np
 from torch import Tensor
+
+Array = np.ndarray
 
 class FormatError(IntEnum):
     OK = 0
@@ -180,3 +183,68 @@ def rmsnorm_backward(
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, y: Tensor, back: bool, threads: int) -> None:
     """Turn x [T, N, D] into y; csrc/rope.h."""
+
+def sample(
+    logits: Tensor,
+    keys: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    tokens: Tensor,
+    logprobs: Tensor,
+    sampled_logprobs: Tensor,
+    threads: int,
+) -> None:
+    """Draw a token a row of logits [B, V] (rows at any stride); csrc/sample.h."""
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, threads: int) -> None:
+    """Write x [M, K] weight [N, K]^T + bias into out [M, N]; csrc/linear.h."""
+
+def kv_store(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots: Tensor,
+    threads: int,
+) -> None:
+    """Write keys and values [T, K, D] into a layer's cache; csrc/kv_store.h."""
+
+def paged_attention(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    context_lengths: Tensor,
+    query_starts: Tensor,
+    out: Tensor,
+    scale: float,
+    threads: int,
+) -> None:
+    """Attention of q [T, N, D] over a layer's paged cache into `out`; csrc/paged_attention.h."""
+
+class Decoder:
+    """All layers of a decoder for a step's tokens, over a paged cache; csrc/decoder.h."""
+
+    def __init__(self, sizes: list[int], eps: float, weights: list[Tensor | None]) -> None: ...
+    def run(
+        self,
+        tokens: Array,
+        positions: Array,
+        slots: Array,
+        block_tables: Array,
+        context_lengths: Array,
+        query_starts: Array,
+        cos: Tensor,
+        sin: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        wanted: Array,
+        hidden: Tensor,
+        threads: int,
+    ) -> None:
+        """Write the hidden states of the wanted tokens [W] into `hidden` [W, H]."""
+
+    def seconds(self) -> list[float]:
+        """Spent so far on norms, attention's projections, attention, MLPs."""

@@ -1,4 +1,4 @@
-"""How much KV cache there may be, and how many sequences at a time that is."""
+"""How much KV cache there may be, planned before anything runs."""
 
 from __future__ import annotations
 
@@ -43,62 +43,50 @@ def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
 
 @dataclass(frozen=True, slots=True)
 class CachePlan:
-    """How many slots of how many tokens each."""
+    """How many blocks of how many tokens; `budget` bytes were there for them."""
 
-    prompt_slots: int
-    prompt_capacity: int
-    tail_slots: int
-    tail_capacity: int
+    blocks: int
+    block_size: int
     token_bytes: int
+    budget: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all blocks."""
+        return self.blocks * self.block_size
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all slots."""
-        prompts = self.prompt_slots * self.prompt_capacity
-        return (prompts + self.tail_slots * self.tail_capacity) * self.token_bytes
+        """Bytes of all blocks."""
+        return self.tokens * self.token_bytes
 
-
-def plan_cache(
-    *,
-    budget: int,
-    token_bytes: int,
-    block_size: int,
-    prompts: int,
-    samples: int,
-    longest_prompt: int,
-    max_new_tokens: int,
-    max_rows: int,
-) -> CachePlan:
-    """The most sequences (at most `max_rows`) that fit `budget` bytes at their full length.
-
-    Raises:
-        ValueError: not even one sequence fits.
-    """
-
-    def slots(rows: int) -> CachePlan:
-        groups = -(-rows // samples)
-        # Late samples keep their prompt: with some prompts in reserve they hold nobody else up.
-        spare = groups // 2 if samples > 1 else 0
-        return CachePlan(
-            min(prompts, groups + spare),
-            -(-longest_prompt // block_size) * block_size,
-            rows,
-            # The last token drawn is never attended to.
-            -(-max(1, max_new_tokens - 1) // block_size) * block_size,
-            token_bytes,
+    def __str__(self) -> str:
+        return (
+            f"KV cache: {self.blocks:,} blocks of {self.block_size} tokens = {self.tokens:,}"
+            f" tokens, {self.total_bytes / 1e9:.3g} GB of {self.budget / 1e9:.3g} GB allowed"
+            f" ({self.token_bytes:,} bytes a token)"
         )
 
-    low, high = 0, min(prompts * samples, max_rows)
-    while low < high:  # the largest number of rows that fits
-        middle = (low + high + 1) // 2
-        if slots(middle).total_bytes <= budget:
-            low = middle
-        else:
-            high = middle - 1
-    if low == 0:
+
+def plan_cache(*, budget: int, token_bytes: int, block_size: int, most_blocks: int) -> CachePlan:
+    """As many blocks as fit `budget` bytes, and no more than `most_blocks`, which find a use."""
+    fitting = budget // (token_bytes * block_size)
+    return CachePlan(min(fitting, most_blocks), block_size, token_bytes, budget)
+
+
+def blocks_for(tokens: int, block_size: int) -> int:
+    """Blocks that hold so many tokens."""
+    return -(-tokens // block_size)
+
+
+def check_fits(prompt: int, max_new_tokens: int, plan: CachePlan) -> None:
+    """Raise ValueError with the numbers where one sequence is longer than the whole cache."""
+    # The last token drawn is never attended to.
+    needed = blocks_for(prompt + max_new_tokens - 1, plan.block_size)
+    if needed > plan.blocks:
         raise ValueError(
-            f"a prompt of {longest_prompt} tokens and max_new_tokens={max_new_tokens} need "
-            f"{slots(1).total_bytes / 1e9:.3g} GB of KV cache and {budget / 1e9:.3g} GB are "
-            f"available; raise kv_memory_gb or shorten them"
+            f"a prompt of {prompt} tokens and max_new_tokens={max_new_tokens} need"
+            f" {needed * plan.block_size * plan.token_bytes / 1e9:.3g} GB of KV cache ({needed}"
+            f" blocks of {plan.block_size} tokens), and {plan.budget / 1e9:.3g} GB"
+            f" ({plan.blocks} blocks) are available; raise kv_memory_gb or shorten them"
         )
-    return slots(low)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 # Tokens of context decoded before the shortest tail that can hold a stop string: decoders treat the
 # very first token apart (a leading space is dropped), and special tokens add no text.
@@ -35,10 +34,11 @@ class StopStrings:
         self._stop = stop
         # A token has at least one byte, so this many tokens hold the longest stop string.
         self._tail = max(len(text.encode()) for text in stop) + _CONTEXT
-        self._ends = self._last_characters(vocabulary)  # [V] bool, on the CPU
+        # [V] bool: tokens with which a stop string may become complete.
+        self.may_end = self._last_characters(vocabulary)
 
-    def _last_characters(self, vocabulary: int) -> Tensor:
-        everything = torch.ones(vocabulary, dtype=torch.bool)
+    def _last_characters(self, vocabulary: int) -> np.ndarray:
+        everything = np.ones(vocabulary, dtype=bool)
         last = {text[-1] for text in self._stop}
         if any(character.isspace() for character in last):
             return everything  # decoders drop or add spaces around a token that stands alone
@@ -46,13 +46,8 @@ class StopStrings:
         last.add("\ufffd")
         known = range(min(vocabulary, len(self._tokenizer)))
         ends = [not last.isdisjoint(decode(self._tokenizer, [token])) for token in known]
-        everything[: len(ends)] = torch.tensor(ends)
+        everything[: len(ends)] = ends
         return everything
-
-    def may_end(self, tokens: Tensor) -> list[int]:
-        """Rows of [B] just drawn tokens after which a stop string may be complete."""
-        rows: list[int] = self._ends[tokens.cpu()].nonzero().squeeze(1).tolist()
-        return rows
 
     def find(self, token_ids: Sequence[int]) -> int | None:
         """Where in `decode(tokenizer, token_ids)` the first stop string begins, if one does."""
@@ -65,3 +60,46 @@ class StopStrings:
         """Where the first stop string begins in a text, if one does."""
         found = [place for place in map(text.find, self._stop) if place >= 0]
         return min(found, default=None)
+
+    def held_back(self, text: str) -> int:
+        """How many last characters of a text may be the beginning of a stop string."""
+        longest = 0
+        for stop in self._stop:
+            for size in range(min(len(stop) - 1, len(text)), longest, -1):
+                if text.endswith(stop[:size]):
+                    longest = size
+                    break
+        return longest
+
+
+class TextStream:
+    """The text of a growing sequence, as far as nothing that follows can change it.
+
+    Held back are bytes of a character that is not whole yet, and an end that may be the beginning
+    of a stop string.
+    """
+
+    def __init__(self, tokenizer: Any, stops: StopStrings | None) -> None:
+        self._tokenizer, self._stops = tokenizer, stops
+        self.tokens = 0  # those whose text is in `_text`
+        self._first = 0  # of them, those before this one are never decoded again
+        self._text = ""
+        self.shown = 0  # characters that `read` has returned
+
+    def read(self, token_ids: Sequence[int]) -> str:
+        """The new text of the sequence, which begins as it did in the last call."""
+        if len(token_ids) > self.tokens:
+            # A few tokens before the new ones too: a decoder treats the very first token apart.
+            before = decode(self._tokenizer, token_ids[self._first : self.tokens])
+            after = decode(self._tokenizer, token_ids[self._first :])
+            if after.endswith("\ufffd") or len(after) < len(before):
+                return ""  # in the middle of a character
+            self._text += after[len(before) :]
+            self._first = max(self._first, self.tokens - _CONTEXT)
+            self.tokens = len(token_ids)
+        safe = len(self._text)
+        if self._stops is not None:
+            safe -= self._stops.held_back(self._text)
+        text = self._text[self.shown : safe]
+        self.shown = max(self.shown, safe)
+        return text

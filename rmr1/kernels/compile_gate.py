@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,12 @@ from rmr1.kernels.tuning import Case
 # Every file with Triton kernels; each has CASES.
 MODULES = (
     "group_advantage_triton",
+    "kv_store_triton",
+    "paged_attention_triton",
     "policy_loss_triton",
     "rmsnorm_triton",
     "rope_triton",
+    "sample_triton",
     "swiglu_triton",
     "token_logprob_triton",
     "token_loss_triton",
@@ -122,6 +125,10 @@ def _compile(case: Case, config: triton.Config, chip: Chip) -> Binary:
     text = " ".join(f"{name.lower()}={value}" for name, value in config.kwargs.items())
     shown = f"{text} warps={config.num_warps} stages={config.num_stages}".strip()
     read = _read_nvidia if chip.target.backend == "cuda" else _read_amd
+    # The instructions of sm_90 and sm_100 take 64 rows or more. A kernel with fewer, which a constant
+    # ROWS says, multiplies with those that sm_80 has too.
+    if chip.target.backend == "cuda" and case.constants.get("ROWS", 64) < 64:
+        chip = replace(chip, matrix="HMMA")
     return Binary(case, shown, chip, *read(compiled, chip))
 
 

@@ -1,0 +1,153 @@
+// What the generator needs on the CPU: products with few rows, the paged cache, and whole steps.
+// Shapes have been checked in Python (rmr1/kernels, rmr1/engine/native_step.py).
+#include "bindings.h"
+
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/vector.h>
+
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <vector>
+
+#include "decoder.h"
+#include "linear.h"
+#include "paged_attention.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+using Weights = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
+using Matrix = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Rows = nb::ndarray<const float, nb::ndim<2>, nb::device::cpu>;
+using Heads = nb::ndarray<const float, nb::ndim<3>, nb::device::cpu>;
+using Cache = nb::ndarray<float, nb::ndim<4>, nb::device::cpu>;  // [blocks, block_size, K, D]
+template <class T>
+using Vector = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+template <class T>
+using Table = nb::ndarray<const T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+template <class Array>
+std::int64_t size(const Array& array, std::size_t axis) {
+    return static_cast<std::int64_t>(array.shape(axis));
+}
+
+rmr1::KvCache cache_of(const Cache& keys, const Cache& values) {
+    return {keys.data(), values.data(), size(keys, 2), size(keys, 3), size(keys, 1), keys.stride(3)};
+}
+
+rmr1::Sequences sequences_of(const Table<std::int32_t>& tables,
+                             const Vector<std::int32_t>& contexts,
+                             const Vector<std::int32_t>& starts, std::int64_t block_size) {
+    return {tables.data(), contexts.data(), starts.data(), size(contexts, 0), size(tables, 1),
+            block_size};
+}
+
+void linear(const Rows& x, const Table<float>& weight, const std::optional<Vector<float>>& bias,
+            const Matrix& out, int threads) {
+    const std::int64_t rows = size(x, 0), inputs = size(x, 1);
+    std::vector<float> packed(rmr1::packed_floats(rows, inputs));
+    rmr1::pack_rows(x.data(), x.stride(0), rows, inputs, packed.data(), threads);
+    const rmr1::Projection one{weight.data(), bias ? bias->data() : nullptr, out.data(),
+                               size(weight, 0), size(out, 1), false};
+    rmr1::linear(packed.data(), rows, inputs, &one, 1, threads);
+}
+
+void kv_store(const Heads& key, const Heads& value, const Cache& key_cache, const Cache& value_cache,
+              const Vector<std::int64_t>& slots, int threads) {
+    rmr1::kv_store(cache_of(key_cache, value_cache), key.data(), key.stride(0), value.data(),
+                   value.stride(0), slots.data(), size(slots, 0), threads);
+}
+
+void paged_attention(const Heads& q, const Cache& key_cache, const Cache& value_cache,
+                     const Table<std::int32_t>& tables, const Vector<std::int32_t>& contexts,
+                     const Vector<std::int32_t>& starts,
+                     const nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>& out,
+                     float scale, int threads) {
+    const rmr1::KvCache cache = cache_of(key_cache, value_cache);
+    rmr1::AttentionPlan plan;
+    plan.make(sequences_of(tables, contexts, starts, cache.block_size), size(q, 1), cache.heads);
+    std::vector<float> scratch(rmr1::attention_scratch(plan.shape(), cache.width));
+    rmr1::paged_attention(plan.shape(), cache, q.data(), q.stride(0), out.data(), scale,
+                          scratch.data(), threads);
+}
+
+// A decoder with the arrays that its pointers point into.
+struct NativeDecoder {
+    std::vector<std::optional<Weights>> weights;
+    std::unique_ptr<rmr1::Decoder> decoder;
+};
+
+constexpr std::size_t per_layer = sizeof(rmr1::DecoderLayer) / sizeof(const float*);
+
+// `weights`: embedding, final norm, then each layer's in the order of DecoderLayer, None for what
+// the model lacks. `sizes`: those of DecoderSizes, in order.
+void make_decoder(NativeDecoder* self, const std::vector<std::int64_t>& sizes, float eps,
+                  std::vector<std::optional<Weights>> weights) {
+    if (sizes.size() != 7 || weights.size() != 2 + per_layer * sizes[3]) {
+        throw std::invalid_argument("Decoder: 7 sizes, and 2 + 18 weights a layer are needed");
+    }
+    const auto at = [&](std::size_t i) { return weights[i] ? weights[i]->data() : nullptr; };
+    std::vector<rmr1::DecoderLayer> layers;
+    for (std::int64_t layer = 0; layer < sizes[3]; ++layer) {
+        const float* p[per_layer];
+        for (std::size_t i = 0; i < per_layer; ++i) p[i] = at(2 + layer * per_layer + i);
+        layers.push_back({p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11],
+                          p[12], p[13], p[14], p[15], p[16], p[17]});
+    }
+    const rmr1::DecoderSizes numbers{sizes[0], sizes[1], sizes[2], sizes[3],
+                                     sizes[4], sizes[5], sizes[6], eps};
+    auto decoder = std::make_unique<rmr1::Decoder>(numbers, std::move(layers), at(0), at(1));
+    new (self) NativeDecoder{std::move(weights), std::move(decoder)};
+}
+
+void run_decoder(NativeDecoder& self, const Vector<std::int64_t>& tokens,
+                 const Vector<std::int32_t>& positions, const Vector<std::int64_t>& slots,
+                 const Table<std::int32_t>& tables, const Vector<std::int32_t>& contexts,
+                 const Vector<std::int32_t>& starts, const Rows& cos, const Rows& sin,
+                 const nb::ndarray<float, nb::ndim<5>, nb::device::cpu>& keys,
+                 const nb::ndarray<float, nb::ndim<5>, nb::device::cpu>& values,
+                 const Vector<std::int32_t>& wanted, const Matrix& hidden, int threads) {
+    std::vector<rmr1::KvCache> caches;
+    for (std::int64_t layer = 0; layer < size(keys, 0); ++layer) {
+        caches.push_back({keys.data() + layer * keys.stride(0),
+                          values.data() + layer * values.stride(0), size(keys, 3), size(keys, 4),
+                          size(keys, 2), keys.stride(4)});
+    }
+    const rmr1::DecoderStep step{tokens.data(),
+                                 slots.data(),
+                                 positions.data(),
+                                 size(tokens, 0),
+                                 sequences_of(tables, contexts, starts, size(keys, 2)),
+                                 cos.data(),
+                                 sin.data(),
+                                 wanted.data(),
+                                 size(wanted, 0),
+                                 hidden.data()};
+    self.decoder->run(step, caches.data(), threads);
+}
+
+}  // namespace
+
+void rmr1_bind_generation(nb::module_& m) {
+    const auto unlocked = nb::call_guard<nb::gil_scoped_release>();
+    m.def("linear", &linear, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(), nb::arg("out"),
+          nb::arg("threads"), unlocked);
+    m.def("kv_store", &kv_store, nb::arg("key"), nb::arg("value"), nb::arg("key_cache"),
+          nb::arg("value_cache"), nb::arg("slots"), nb::arg("threads"), unlocked);
+    m.def("paged_attention", &paged_attention, nb::arg("q"), nb::arg("key_cache"),
+          nb::arg("value_cache"), nb::arg("block_tables"), nb::arg("context_lengths"),
+          nb::arg("query_starts"), nb::arg("out"), nb::arg("scale"), nb::arg("threads"), unlocked);
+    nb::class_<NativeDecoder>(m, "Decoder")
+        .def("__init__", &make_decoder, nb::arg("sizes"), nb::arg("eps"), nb::arg("weights"))
+        .def("run", &run_decoder, nb::arg("tokens"), nb::arg("positions"), nb::arg("slots"),
+             nb::arg("block_tables"), nb::arg("context_lengths"), nb::arg("query_starts"),
+             nb::arg("cos"), nb::arg("sin"), nb::arg("keys"), nb::arg("values"), nb::arg("wanted"),
+             nb::arg("hidden"), nb::arg("threads"), unlocked)
+        .def("seconds", [](const NativeDecoder& self) {
+            const auto& s = self.decoder->seconds();
+            return std::vector<double>(s.begin(), s.end());
+        });
+}

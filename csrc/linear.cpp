@@ -1,0 +1,149 @@
+#include "linear.h"
+
+#define RMR1_THIS_FILE "linear.cpp"
+#include "each_isa.h"
+#include "simd.h"
+
+// The usual way to multiply packs the weights and broadcasts x. Here it is the other way round: the
+// lanes of a vector are rows of x, and each weight is broadcast once per tile of rows. Then x is
+// what gets packed, which is small, and the weights are read in place, in order, as the trainer
+// wrote them: no second copy, nothing to repack after an update.
+
+namespace rmr1::RMR1_ISA {
+
+constexpr std::int64_t tile = 2 * lanes;   // rows of x; a last tile of up to `lanes` rows is half
+constexpr std::int64_t strip = 48;         // outputs that one task makes
+constexpr std::int64_t depth = 576;        // inputs at a time: a tile of x then stays in L1 or L2
+// Outputs of one inner loop: as many accumulators as registers hold.
+constexpr int wide = RMR1_LANES == 16 ? 12 : 6, narrow = 2 * wide;
+
+// Adds to c[r][v] the products of R rows of w with a tile of x that is V vectors wide.
+template <int V, int R>
+RMR1_INLINE void multiply(const float* x, const float* w, std::int64_t w_stride,
+                          std::int64_t inputs, float* c, bool first) {
+    vf sums[R][V];
+    for (int r = 0; r < R; ++r) {
+        for (int v = 0; v < V; ++v) sums[r][v] = first ? vf{} : load(c + r * tile + v * lanes);
+    }
+#pragma GCC unroll 2
+    for (std::int64_t k = 0; k < inputs; ++k) {
+        vf columns[V];
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) columns[v] = load(x + (k * V + v) * lanes);
+#pragma GCC unroll 24
+        for (int r = 0; r < R; ++r) {
+            const vf weight = splat(w[r * w_stride + k]);
+#pragma GCC unroll 2
+            for (int v = 0; v < V; ++v) sums[r][v] += weight * columns[v];
+        }
+    }
+    for (int r = 0; r < R; ++r) {
+        for (int v = 0; v < V; ++v) store(c + r * tile + v * lanes, sums[r][v]);
+    }
+}
+
+template <int V, int R>
+static void multiply_strip(const float* x, const float* w, std::int64_t w_stride,
+                           std::int64_t outputs, std::int64_t inputs, float* c, bool first) {
+    std::int64_t n = 0;
+    for (; n + R <= outputs; n += R) {
+        // The first lines of the next rows; the rest of a row the processor foresees by itself.
+        for (int r = 0; r < R; ++r) __builtin_prefetch(w + (n + R + r) * w_stride, 0, 2);
+        multiply<V, R>(x, w + n * w_stride, w_stride, inputs, c + n * tile, first);
+    }
+    for (; n < outputs; ++n) {
+        multiply<V, 1>(x, w + n * w_stride, w_stride, inputs, c + n * tile, first);
+    }
+}
+
+// Outputs n0 .. n0 + outputs of one projection, for up to `group` tiles of rows at a time.
+static void linear_strip(const float* packed, std::int64_t rows, std::int64_t inputs,
+                         const Projection& p, std::int64_t n0, std::int64_t outputs) {
+    constexpr std::int64_t group = 16;
+    alignas(64) float sums[group * strip * tile];
+    for (std::int64_t m0 = 0; m0 < rows; m0 += group * tile) {
+        const std::int64_t m1 = rows < m0 + group * tile ? rows : m0 + group * tile;
+        for (std::int64_t k0 = 0; k0 < inputs; k0 += depth) {
+            const std::int64_t some = inputs - k0 < depth ? inputs - k0 : depth;
+            const float* w = p.w + n0 * inputs + k0;
+            for (std::int64_t m = m0; m < m1; m += tile) {
+                const float* x = packed + m * inputs;
+                float* c = sums + (m - m0) * strip;
+                if (rows - m > lanes) {
+                    multiply_strip<2, wide>(x + k0 * tile, w, inputs, outputs, some, c, k0 == 0);
+                } else {
+                    multiply_strip<1, narrow>(x + k0 * lanes, w, inputs, outputs, some, c, k0 == 0);
+                }
+            }
+        }
+        for (std::int64_t m = m0; m < m1; ++m) {
+            const float* c = sums + (m - m0) / tile * tile * strip + (m - m0) % tile;
+            float* y = p.y + m * p.stride + n0;
+            for (std::int64_t n = 0; n < outputs; ++n) {
+                float sum = c[n * tile];
+                if (p.bias) sum += p.bias[n0 + n];
+                y[n] = p.add ? y[n] + sum : sum;
+            }
+        }
+    }
+}
+
+// Columns begin..end of every tile.
+static void pack_columns(const float* x, std::int64_t stride, std::int64_t rows,
+                         std::int64_t inputs, float* packed, std::int64_t begin,
+                         std::int64_t end) {
+    for (std::int64_t m = 0; m < rows; m += tile) {
+        const std::int64_t left = rows - m < tile ? rows - m : tile;
+        const std::int64_t width = left > lanes ? tile : lanes;
+        float* to = packed + m * inputs;
+        for (std::int64_t k = begin; k < end; ++k) {
+            for (std::int64_t r = 0; r < left; ++r) to[k * width + r] = x[(m + r) * stride + k];
+            for (std::int64_t r = left; r < width; ++r) to[k * width + r] = 0;
+        }
+    }
+}
+
+static std::int64_t tile_rows() { return tile; }
+static std::int64_t strip_outputs() { return strip; }
+
+}  // namespace rmr1::RMR1_ISA
+
+#if RMR1_LAST_PASS
+#include "parallel.h"
+
+namespace rmr1 {
+
+std::int64_t packed_floats(std::int64_t rows, std::int64_t inputs) {
+    const std::int64_t tile = RMR1_CHOOSE(tile_rows)();
+    return (rows + tile - 1) / tile * tile * inputs;
+}
+
+void pack_rows(const float* x, std::int64_t stride, std::int64_t rows, std::int64_t inputs,
+               float* packed, int threads) {
+    const auto run = RMR1_CHOOSE(pack_columns);
+    parallel_for(inputs, 32768 / (rows + 1) + 1, threads,
+                 [&](std::int64_t begin, std::int64_t end) {
+                     run(x, stride, rows, inputs, packed, begin, end);
+                 });
+}
+
+void linear(const float* packed, std::int64_t rows, std::int64_t inputs,
+            const Projection* projections, int count, int threads) {
+    const auto run = RMR1_CHOOSE(linear_strip);
+    const std::int64_t strip = RMR1_CHOOSE(strip_outputs)();
+    std::int64_t tasks = 0;
+    for (int p = 0; p < count; ++p) tasks += (projections[p].outputs + strip - 1) / strip;
+    parallel_tasks(tasks, threads, [&](std::int64_t task) {
+        const Projection* p = projections;
+        std::int64_t first = task * strip;
+        while (first >= (p->outputs + strip - 1) / strip * strip) {
+            first -= (p->outputs + strip - 1) / strip * strip;
+            ++p;
+        }
+        const std::int64_t left = p->outputs - first;
+        run(packed, rows, inputs, *p, first, left < strip ? left : strip);
+    });
+}
+
+}  // namespace rmr1
+#endif

@@ -1,0 +1,211 @@
+"""The loop of the generator: plan a step, compute it, draw, and let go of what is finished.
+
+One `Generation` lives as long as its KV cache: across calls, so that what prompts have in common is
+computed once, until the weights change.
+
+Legend: B rows that draw, W wanted hidden states, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rmr1.engine.block_pool import BlockPool
+from rmr1.engine.cache_plan import CachePlan
+from rmr1.engine.detokenize import decode
+from rmr1.engine.kv_cache import PagedCache
+from rmr1.engine.model import CausalLM
+from rmr1.engine.native_step import NativeStep
+from rmr1.engine.sampling import token_keys
+from rmr1.engine.scheduler import Scheduler, Step
+from rmr1.engine.sequences import Array, Rows, Sequence
+from rmr1.engine.torch_step import TorchStep, upload
+from rmr1.kernels.linear import linear
+from rmr1.kernels.sample import Drawn, sample
+
+# Bits of `Request.flags`.
+ENDS, MAY_END = 1, 2
+# Logits are made for at most so many words at a time: 64 MB in fp32.
+_LOGITS = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One sample.
+
+    `token_ids` includes the stop token that ended it, `text` does not, nor a stop string and what
+    follows it. `logprobs` are natural logarithms under the full distribution at `temperature`,
+    `sampled_logprobs` under what top_k, top_p and min_p left of it. `weights_version` counts the
+    changes of the weights that the generator had seen: one version for all tokens of a sample.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    text: str
+    finish_reason: Literal["stop", "length"]
+    sampled_logprobs: list[float] | None = None
+    weights_version: int = field(default=0, compare=False)
+
+
+class Generation:
+    """Rows, blocks and queue of a generator, and its steps."""
+
+    def __init__(
+        self, model: CausalLM, tokenizer: Any, plan: CachePlan, max_rows: int, max_tokens: int
+    ) -> None:
+        self.model, self.tokenizer, self.plan = model, tokenizer, plan
+        self.max_rows = max_rows
+        positions = min(model.config.max_position_embeddings, plan.tokens)
+        width = -(-positions // plan.block_size)
+        self.cache = PagedCache(model.config, plan, model.lm_head_weight)
+        self._width, self._max_tokens = width, max_tokens
+        self._forward: NativeStep | TorchStep = (
+            NativeStep(model, self.cache)
+            if NativeStep.suits(model)
+            else TorchStep(model, self.cache, max_rows, width)
+        )
+        self.spent: defaultdict[str, float] = defaultdict(float)  # seconds, by part of a step
+        self.clear()
+
+    @property
+    def native(self) -> bool:
+        """Whether steps are computed in C++, not through the model's forward."""
+        return isinstance(self._forward, NativeStep)
+
+    def fits(self) -> bool:
+        """Whether the model is still what the cache and the forward were made for."""
+        head = self.model.lm_head_weight
+        return (
+            head.dtype == self.cache.keys.dtype
+            and head.device == self.cache.keys.device
+            and NativeStep.suits(self.model) == self.native
+        )
+
+    def rebind(self) -> None:
+        """The parameters may lie elsewhere now."""
+        if isinstance(self._forward, NativeStep):
+            for part, seconds in self._forward.seconds().items():
+                self.spent[part] += seconds
+            self._forward = NativeStep(self.model, self.cache)
+
+    def profile(self) -> dict[str, float]:
+        """Seconds spent since the start, by part of a step."""
+        parts = dict(self.spent)
+        if isinstance(self._forward, NativeStep):
+            inside = 0.0
+            for part, seconds in self._forward.seconds().items():
+                parts[part] = parts.get(part, 0.0) + seconds
+                inside += parts[part]
+            parts["rest of the layers"] = max(0.0, parts.pop("layers", 0.0) - inside)
+        return parts
+
+    def clear(self) -> None:
+        """Drop everything that waits, runs or is cached."""
+        self.pool = BlockPool(self.plan.blocks)
+        self.rows = Rows(self.max_rows, self._width)
+        self.scheduler = Scheduler(self.pool, self.rows, self.plan.block_size, self._max_tokens)
+
+    def step(self, version: int) -> tuple[list[tuple[Sequence, Rollout]], int]:
+        """Compute and draw once: the samples that this finished, and how many tokens it drew."""
+        began = time.perf_counter()
+        step = self.scheduler.plan()
+        began = self._spend("schedule", began)
+        with torch.inference_mode():
+            hidden = self._forward(step)
+            began = self._spend("layers", began)
+            drawn = self._draw(step, hidden)
+            began = time.perf_counter()
+        tokens = drawn.tokens.numpy()
+        if tokens.size and tokens.min() < 0:
+            self._refuse(step.rows[int(tokens.argmin())])
+        logprobs = np.stack([drawn.logprobs.numpy(), drawn.sampled_logprobs.numpy()])
+        self.rows.draw(step.rows, tokens, logprobs)
+        finished = self._finish(step.rows, tokens, version)
+        self._spend("finish", began)
+        return finished, len(step.rows)
+
+    def _draw(self, step: Step, hidden: Tensor) -> Drawn:
+        """A token for each row of the step, on the host: hidden [W, H] -> [B]."""
+        if not len(step.rows):  # a piece in the middle of a prompt
+            nothing = torch.empty(0)
+            return Drawn(nothing.long(), nothing, nothing)
+        head, device = self.model.lm_head_weight, hidden.device
+        piece = max(1, _LOGITS // head.shape[0])
+        draws = []
+        for first in range(0, len(step.wanted), piece):
+            began = time.perf_counter()
+            logits = linear(hidden[first : first + piece], head)  # [<= piece, V]
+            began = self._spend("head", began)
+            here = (step.source >= first) & (step.source < first + piece)
+            rows, source = step.rows[here], step.source[here] - first
+            if len(rows) != len(logits) or not (np.diff(source) == 1).all():
+                logits = logits[upload(source, device)]  # samples of one prompt share its logits
+            places, settings = np.nonzero(here)[0], self.rows
+            drawn = sample(
+                logits,
+                upload(token_keys(settings.keys[rows], settings.count[rows]), device),
+                temperature=upload(settings.temperature[rows], device),
+                top_k=upload(settings.top_k[rows], device),
+                top_p=upload(settings.top_p[rows], device),
+                min_p=upload(settings.min_p[rows], device),
+            )
+            draws.append((places, Drawn(*(x.cpu() for x in drawn))))
+            self._spend("sample", began)
+        if len(draws) == 1:
+            return draws[0][1]
+        order = torch.from_numpy(np.argsort(np.concatenate([places for places, _ in draws])))
+        columns = zip(*(drawn for _, drawn in draws), strict=True)
+        return Drawn(*(torch.cat(column)[order] for column in columns))
+
+    def _finish(self, rows: Array, tokens: Array, version: int) -> list[tuple[Sequence, Rollout]]:
+        """Take out what is complete after these draws."""
+        sequences = self.rows.sequences
+        flags = self.rows.flags(rows, tokens)
+        full = self.rows.count[rows] >= self.rows.limit[rows]
+        finished = []
+        for index in np.nonzero(full | (flags != 0))[0]:
+            row, ended = int(rows[index]), bool(flags[index] & ENDS)
+            sequence = sequences[row]
+            assert sequence is not None
+            stops = sequence.request.stops
+            cut = (
+                stops.find(self.rows.drawn(row).tolist())
+                if stops is not None and not ended and flags[index] & MAY_END
+                else None
+            )
+            if not ended and not full[index] and cut is None:
+                continue
+            self.scheduler.finish(row)
+            finished.append((sequence, self._rollout(sequence, ended, version)))
+        return finished
+
+    def _rollout(self, sequence: Sequence, ended: bool, version: int) -> Rollout:
+        token_ids = sequence.tokens.tolist()
+        text = decode(self.tokenizer, token_ids[:-1] if ended else token_ids)
+        stops = sequence.request.stops
+        cut = None if stops is None else stops.find_in(text)
+        full, sampled = sequence.logprobs.tolist()
+        stopped = ended or cut is not None
+        return Rollout(
+            token_ids, full, text[:cut], "stop" if stopped else "length", sampled, version
+        )
+
+    def _refuse(self, row: int) -> None:
+        sequence = self.rows.sequences[row]
+        assert sequence is not None
+        raise FloatingPointError(
+            f"the model's logits for prompt {sequence.request.index} are not finite after"
+            f" {int(self.rows.count[row])} tokens; its weights are damaged, or its dtype too narrow"
+        )
+
+    def _spend(self, part: str, began: float) -> float:
+        now = time.perf_counter()
+        self.spent[part] += now - began
+        return now

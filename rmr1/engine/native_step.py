@@ -1,0 +1,106 @@
+"""A step of generation on a CPU, in one call into C++ (csrc/decoder.cpp): no Python per op.
+
+It reads the model's own parameters where they lie. The same step as `torch_step.py`, for plain fp32
+models.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rmr1 import _C
+from rmr1.engine.kv_cache import PagedCache
+from rmr1.engine.model import CausalLM, DecoderLayer
+from rmr1.engine.scheduler import Step
+from rmr1.kernels.dispatch import choose
+from rmr1.kernels.rope import inverse_frequencies, rope_tables
+
+
+class NativeStep:
+    """Hidden states of a `Step`'s wanted tokens."""
+
+    @staticmethod
+    def suits(model: CausalLM) -> bool:
+        """Whether this can compute the model: a plain one, fp32, CPU, no other kernels forced."""
+        weights = list(model.parameters())
+        return (
+            type(model) is CausalLM
+            and "forward" not in vars(model)
+            and all(w.device.type == "cpu" and w.dtype == torch.float32 for w in weights)
+            and all(w.is_contiguous() for w in weights)
+            and choose("decoder", weights[0], native=True) == "native"
+        )
+
+    def __init__(self, model: CausalLM, cache: PagedCache) -> None:
+        config = model.config
+        self._cache, self._hidden = cache, config.hidden_size
+        weights: list[Tensor | None] = [model.model.embed_tokens.weight, model.model.norm.weight]
+        for layer in model.model.layers:
+            assert isinstance(layer, DecoderLayer)
+            weights += _weights(layer)
+        sizes = [
+            config.vocab_size,
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_hidden_layers,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        ]
+        arrays = [None if w is None else w.detach() for w in weights]
+        self._decoder = _C.Decoder(sizes, config.rms_norm_eps, arrays)
+        self._frequencies = inverse_frequencies(
+            config.head_dim, config.rope_theta, config.rope_scaling
+        )
+        self._attention_factor = config.rope_scaling.attention_factor
+        self._cos = self._sin = torch.empty(0, config.head_dim // 2)
+
+    def __call__(self, step: Step) -> Tensor:
+        """[W, H], after the final norm."""
+        self._grow_tables(int(step.positions.max()) + 1)
+        hidden = torch.empty(len(step.wanted), self._hidden)
+        self._cache.copy(step.copies)
+        self._decoder.run(
+            step.tokens,
+            step.positions,
+            step.slots,
+            step.tables,
+            step.contexts,
+            step.starts,
+            self._cos,
+            self._sin,
+            self._cache.keys,
+            self._cache.values,
+            step.wanted,
+            hidden,
+            torch.get_num_threads(),
+        )
+        return hidden
+
+    def seconds(self) -> dict[str, float]:
+        """Where the time went since the start, by part of the layers."""
+        names = ("norms", "attention projections", "attention", "mlp")
+        return dict(zip(names, self._decoder.seconds(), strict=True))
+
+    def _grow_tables(self, positions: int) -> None:
+        have = len(self._cos)
+        if positions > have:
+            wanted = torch.arange(max(positions, 2 * have, 256))
+            tables = rope_tables(wanted, self._frequencies, self._attention_factor, torch.float32)
+            self._cos, self._sin = (table.squeeze(1).contiguous() for table in tables)
+
+
+def _weights(layer: DecoderLayer) -> list[Tensor | None]:
+    """In the order of DecoderLayer in csrc/decoder.h."""
+    attention, mlp = layer.self_attn, layer.mlp
+    weights: list[Tensor | None] = [layer.input_layernorm.weight]
+    for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
+        weights += [linear.weight, linear.bias]
+    for norm in (attention.q_norm, attention.k_norm):
+        weights.append(None if norm is None else norm.weight)
+    weights += [attention.o_proj.weight, attention.o_proj.bias]
+    weights.append(layer.post_attention_layernorm.weight)
+    for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+        weights += [linear.weight, linear.bias]
+    return weights

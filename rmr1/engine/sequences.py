@@ -1,0 +1,176 @@
+"""Requests, the samples made for them, and the rows of those that run.
+
+What is known of the rows lies in arrays over all rows, so that a step of generation has no loop
+over sequences; a loop runs only over those that start, end or need a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from rmr1.engine.block_pool import block_digests
+from rmr1.engine.detokenize import StopStrings
+from rmr1.engine.sampling import SamplingParams, sequence_key
+
+Array = np.ndarray
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A prompt to be continued `params.n` times.
+
+    `index` is the prompt's place in its call: the noise depends on it. `flags` [V] says of each
+    token whether it ends a sample (1) and whether a stop string may be complete with it (2).
+    """
+
+    tokens: Array  # [P] int64
+    params: SamplingParams
+    index: int
+    flags: Array  # [V] uint8
+    stops: StopStrings | None = None
+    digests: list[bytes] = field(default_factory=list)
+
+    def hash_blocks(self, block_size: int) -> None:
+        """Name what the prompt's full blocks hold."""
+        self.digests = block_digests(self.tokens, block_size)
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One sample of a request. `number` is its place in the order of arrival."""
+
+    request: Request
+    sample: int
+    number: int
+    key: int
+    row: int = -1
+    cancelled: bool = False
+    # What it had drawn when it lost its row.
+    tokens: Array = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    logprobs: Array = field(default_factory=lambda: np.empty((2, 0), dtype=np.float32))
+
+    def digests(self, block_size: int) -> list[bytes]:
+        """Of the full blocks of a sequence without a row, prompt and drawn tokens."""
+        if not len(self.tokens):
+            return self.request.digests
+        return block_digests(np.concatenate([self.request.tokens, self.tokens]), block_size)
+
+
+def new_sequences(request: Request, numbers: Iterator[int]) -> list[Sequence]:
+    """The samples of a request; `numbers` gives each its place in the order of arrival."""
+    seed, samples = request.params.seed, range(request.params.n)
+    return [
+        Sequence(request, sample, next(numbers), sequence_key(seed, request.index, sample))
+        for sample in samples
+    ]
+
+
+class Rows:
+    """The running sequences, as arrays over R rows."""
+
+    def __init__(self, rows: int, table_width: int) -> None:
+        self.capacity = rows
+        self.sequences: list[Sequence | None] = [None] * rows
+        self.tables = np.full((rows, table_width), -1, dtype=np.int32)
+        self.blocks = np.zeros(rows, dtype=np.int64)  # blocks in the table
+        self.known = np.zeros(rows, dtype=np.int64)  # tokens, prompt and drawn
+        self.done = np.zeros(rows, dtype=np.int64)  # of them with keys and values in the cache
+        self.count = np.zeros(rows, dtype=np.int64)  # tokens drawn
+        self.limit = np.zeros(rows, dtype=np.int64)  # max_new_tokens
+        self.last = np.zeros(rows, dtype=np.int64)  # the token drawn last
+        self.keys = np.zeros(rows, dtype=np.uint64)
+        self.temperature = np.zeros(rows, dtype=np.float32)
+        self.top_k = np.zeros(rows, dtype=np.int32)
+        self.top_p = np.zeros(rows, dtype=np.float32)
+        self.min_p = np.zeros(rows, dtype=np.float32)
+        self.tokens = np.empty((rows, 0), dtype=np.int64)
+        self.logprobs = np.empty((2, rows, 0), dtype=np.float32)  # full, and sampled, distribution
+        # What tokens mean differs between requests: the tables in use, and which a row uses.
+        self._flag_tables: list[Array] = []
+        self._flag_table = np.zeros(rows, dtype=np.int64)
+        self._free = list(range(rows - 1, -1, -1))
+
+    @property
+    def free(self) -> int:
+        """Rows that nobody uses."""
+        return len(self._free)
+
+    def start(self, sequence: Sequence) -> int:
+        """Give a sequence a row, with what it had drawn before."""
+        row = sequence.row = self._free.pop()
+        params, drawn = sequence.request.params, len(sequence.tokens)
+        self._widen(params.max_new_tokens)
+        self.sequences[row] = sequence
+        self.known[row] = len(sequence.request.tokens) + drawn
+        self.done[row] = 0
+        self.blocks[row] = 0
+        self.count[row] = drawn
+        self.limit[row] = params.max_new_tokens
+        self.keys[row] = sequence.key
+        self._flag_table[row] = self._table_index(sequence.request.flags)
+        self.temperature[row] = params.temperature
+        self.top_k[row], self.top_p[row], self.min_p[row] = params.top_k, params.top_p, params.min_p
+        self.tokens[row, :drawn] = sequence.tokens
+        self.logprobs[:, row, :drawn] = sequence.logprobs
+        return row
+
+    def stop(self, row: int) -> Sequence:
+        """Take the row from its sequence, which keeps what it has drawn."""
+        sequence = self.sequences[row]
+        assert sequence is not None
+        drawn = int(self.count[row])
+        sequence.tokens = self.tokens[row, :drawn].copy()
+        sequence.logprobs = self.logprobs[:, row, :drawn].copy()
+        sequence.row = -1
+        self.sequences[row] = None
+        self._free.append(row)
+        return sequence
+
+    def drawn(self, row: int) -> Array:
+        """The tokens a row has drawn so far."""
+        return self.tokens[row, : int(self.count[row])]
+
+    def draw(self, rows: Array, tokens: Array, logprobs: Array) -> None:
+        """One more token for each of these rows: tokens [B], logprobs [2, B]."""
+        place = self.count[rows]
+        self.tokens[rows, place] = tokens
+        self.logprobs[:, rows, place] = logprobs
+        self.last[rows] = tokens
+        self.count[rows] += 1
+        self.known[rows] += 1
+
+    def flags(self, rows: Array, tokens: Array) -> Array:
+        """`Request.flags` of a token in each of these rows: [B], [B] -> [B] uint8."""
+        tables = self._flag_tables
+        if len(tables) == 1:
+            return tables[0][tokens]
+        found = np.empty(len(rows), dtype=np.uint8)
+        for index in np.unique(self._flag_table[rows]):
+            here = self._flag_table[rows] == index
+            found[here] = tables[index][tokens[here]]
+        return found
+
+    def _table_index(self, flags: Array) -> int:
+        if self.free + 1 == self.capacity:  # the first row in use: nobody uses the tables of before
+            self._flag_tables.clear()
+        for index, table in enumerate(self._flag_tables):
+            if table is flags:
+                return index
+        self._flag_tables.append(flags)
+        return len(self._flag_tables) - 1
+
+    def add_blocks(self, row: int, blocks: list[int]) -> None:
+        """Append to the table of a row."""
+        used = int(self.blocks[row])
+        self.tables[row, used : used + len(blocks)] = blocks
+        self.blocks[row] = used + len(blocks)
+
+    def _widen(self, width: int) -> None:
+        have = self.tokens.shape[1]
+        if width > have:
+            more = ((0, 0), (0, width - have))
+            self.tokens = np.pad(self.tokens, more)
+            self.logprobs = np.pad(self.logprobs, ((0, 0), *more))
