@@ -17,6 +17,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -73,13 +75,15 @@ def providers(options: argparse.Namespace, shape: Shape, everyone: bool) -> dict
 
 
 def call(python: str, job: dict[str, Any]) -> dict[str, Any]:
-    """One process of `generate_peers.py`; ProviderFailed says what it said last."""
+    """One process of `generate_peers.py`; ProviderFailed says its last error."""
     command = [python, str(PEERS), json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip()] or ["nothing"]
+        # Warnings of an interpreter that ends may follow.
+        errors = [line for line in said if re.match(r"[\w.]*(Error|Exception)\b", line)]
         code = f"exit code {done.returncode}"
-        raise ProviderFailed(f"{job['provider']} failed ({code}): {said[-1].strip()}")
+        raise ProviderFailed(f"{job['provider']} failed ({code}): {(errors or said)[-1].strip()}")
     result: dict[str, Any] = json.loads(done.stdout)
     return result
 
@@ -231,7 +235,7 @@ def complaint(options: argparse.Namespace) -> str | None:
         return "no CUDA device is here; use --device cpu"
     for name in ("vllm", "llama"):
         path = getattr(options, f"{name}_python")
-        if path and not os.access(path, os.X_OK):
+        if path and not shutil.which(path):
             return f"--{name}-python {path} is no program; name the python of its environment"
     if options.llama_python and not options.llama_gguf:
         return "--llama-python needs the model as a GGUF file too; name it with --llama-gguf"

@@ -144,14 +144,15 @@ def texts(data: Path | None) -> list[str]:
 def prompt_sets(
     found: Iterable[str], tokenizer: Any, shape: Shape, sets: int
 ) -> list[list[list[int]]]:
-    """Sets of prompts of exactly that many tokens.
+    """Sets of prompts of exactly that many tokens, each with some texts of its own.
 
-    Each starts with a text of its own and goes on with the next until it is long enough.
+    Each begins with its number: questions are worded alike, and a provider that keeps what prompts
+    have in common would compute less than the rest.
     """
     source: Iterator[str] = iter(found)
     prompts: list[list[int]] = []
     while len(prompts) < sets * shape.prompts:
-        prompt: list[int] = []
+        prompt: list[int] = tokenizer(f"Task {len(prompts)}\n")["input_ids"]
         while len(prompt) < shape.length:
             text = next(source, None)
             if text is None:

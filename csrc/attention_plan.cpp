@@ -19,7 +19,8 @@ std::int64_t common_keys(const Sequences& s, std::int64_t a, std::int64_t b) {
 
 }  // namespace
 
-void AttentionPlan::make(const Sequences& s, std::int64_t heads, std::int64_t kv_heads) {
+void AttentionPlan::make(const Sequences& s, std::int64_t heads, std::int64_t kv_heads,
+                         int threads) {
     tasks_.clear();
     const std::int64_t rows = s.starts[s.count];
     owner_.assign(rows, 0);
@@ -34,7 +35,11 @@ void AttentionPlan::make(const Sequences& s, std::int64_t heads, std::int64_t kv
             seen_[s.starts[i] + j] = static_cast<std::int32_t>(std::max<std::int64_t>(sees, 0));
         }
     }
-    const std::int64_t most = std::max<std::int64_t>(1, attention_vectors / (heads / kv_heads));
+    // Rows of a task: as many as its buffers hold, but enough tasks for all threads to end together.
+    const std::int64_t wanted = (4 * threads + kv_heads - 1) / kv_heads;
+    const std::int64_t most = std::clamp<std::int64_t>(
+        rows / std::max<std::int64_t>(1, wanted), 1,
+        std::max<std::int64_t>(1, attention_vectors / (heads / kv_heads)));
     for (std::int64_t i = 0; i < s.count;) {
         if (s.starts[i + 1] - s.starts[i] != 1) {
             add_chunk(s.starts[i], s.starts[i + 1], most);

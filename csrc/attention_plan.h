@@ -16,8 +16,8 @@ struct Sequences {
 
 class AttentionPlan {
 public:
-    // `heads` of queries, `kv_heads` of keys and values.
-    void make(const Sequences& sequences, std::int64_t heads, std::int64_t kv_heads);
+    // `heads` of queries, `kv_heads` of keys and values; `threads` that must not stand idle.
+    void make(const Sequences& sequences, std::int64_t heads, std::int64_t kv_heads, int threads);
     const AttentionShape& shape() const { return shape_; }
 
 private:

@@ -68,7 +68,8 @@ void paged_attention(const Heads& q, const Cache& key_cache, const Cache& value_
                      float scale, int threads) {
     const rmr1::KvCache cache = cache_of(key_cache, value_cache);
     rmr1::AttentionPlan plan;
-    plan.make(sequences_of(tables, contexts, starts, cache.block_size), size(q, 1), cache.heads);
+    plan.make(sequences_of(tables, contexts, starts, cache.block_size), size(q, 1), cache.heads,
+              threads);
     std::vector<float> scratch(rmr1::attention_scratch(plan.shape(), cache.width));
     rmr1::paged_attention(plan.shape(), cache, q.data(), q.stride(0), out.data(), scale,
                           scratch.data(), threads);

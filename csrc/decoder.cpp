@@ -34,7 +34,7 @@ void Decoder::run(const DecoderStep& step, const KvCache* caches, int threads) {
     const std::int64_t hidden = sizes_.hidden, half = sizes_.width / 2;
     clock_ = now();
     grow(step.count);
-    plan_.make(step.sequences, sizes_.heads, sizes_.kv_heads);
+    plan_.make(step.sequences, sizes_.heads, sizes_.kv_heads, threads);
     const auto needed = static_cast<std::size_t>(attention_scratch(plan_.shape(), sizes_.width));
     if (scratch_.size() < needed) scratch_.resize(needed);
     for (std::int64_t t = 0; t < step.count; ++t) {

@@ -12,6 +12,7 @@
 namespace rmr1::RMR1_ISA {
 
 constexpr std::int64_t tile = 2 * lanes;   // rows of x; a last tile of up to `lanes` rows is half
+constexpr std::int64_t line = 16;          // floats of a cache line
 constexpr std::int64_t strip = 48;         // outputs that one task makes
 constexpr std::int64_t depth = 576;        // inputs at a time: a tile of x then stays in L1 or L2
 // Outputs of one inner loop: as many accumulators as registers hold.
@@ -25,16 +26,21 @@ RMR1_INLINE void multiply(const float* x, const float* w, std::int64_t w_stride,
     for (int r = 0; r < R; ++r) {
         for (int v = 0; v < V; ++v) sums[r][v] = first ? vf{} : load(c + r * tile + v * lanes);
     }
+    for (std::int64_t k0 = 0; k0 < inputs; k0 += line) {
+        // The weights come from memory: ask for the next rows while these are multiplied.
+        for (int r = 0; r < R; ++r) __builtin_prefetch(w + (R + r) * w_stride + k0);
+        const std::int64_t k1 = k0 + line < inputs ? k0 + line : inputs;
 #pragma GCC unroll 2
-    for (std::int64_t k = 0; k < inputs; ++k) {
-        vf columns[V];
+        for (std::int64_t k = k0; k < k1; ++k) {
+            vf columns[V];
 #pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) columns[v] = load(x + (k * V + v) * lanes);
+            for (int v = 0; v < V; ++v) columns[v] = load(x + (k * V + v) * lanes);
 #pragma GCC unroll 24
-        for (int r = 0; r < R; ++r) {
-            const vf weight = splat(w[r * w_stride + k]);
+            for (int r = 0; r < R; ++r) {
+                const vf weight = splat(w[r * w_stride + k]);
 #pragma GCC unroll 2
-            for (int v = 0; v < V; ++v) sums[r][v] += weight * columns[v];
+                for (int v = 0; v < V; ++v) sums[r][v] += weight * columns[v];
+            }
         }
     }
     for (int r = 0; r < R; ++r) {
@@ -47,8 +53,6 @@ static void multiply_strip(const float* x, const float* w, std::int64_t w_stride
                            std::int64_t outputs, std::int64_t inputs, float* c, bool first) {
     std::int64_t n = 0;
     for (; n + R <= outputs; n += R) {
-        // The first lines of the next rows; the rest of a row the processor foresees by itself.
-        for (int r = 0; r < R; ++r) __builtin_prefetch(w + (n + R + r) * w_stride, 0, 2);
         multiply<V, R>(x, w + n * w_stride, w_stride, inputs, c + n * tile, first);
     }
     for (; n < outputs; ++n) {

@@ -7,10 +7,9 @@
 #include "each_isa.h"
 #include "simd.h"
 #include "simd_log.h"
+#include "sample_noise.h"  // needs the two before it
 
 namespace rmr1::RMR1_ISA {
-
-typedef unsigned vu __attribute__((vector_size(4 * RMR1_LANES)));  // `>>` brings in zeros
 
 // The largest logit of every so many is kept, so that a pass over what lies above a threshold
 // leaves out most of a row.
@@ -19,8 +18,6 @@ constexpr std::int64_t block = 64;
 constexpr std::int64_t stretch = 16 * block;
 // So few logits are sorted; more are halved first.
 constexpr int few = 128;
-// No noise is larger: 32 ln 2 = 22.1807.
-constexpr float noise_limit = 22.181f;
 
 struct Row {
     const float* logits;
@@ -28,7 +25,7 @@ struct Row {
     float* peaks;    // [blocks, and up to a whole vector of them]
     float* weights;  // exp(z) [whole blocks], where a filter needs it
     float peak, inverse;
-    unsigned low, high;  // the key
+    Key key;
 };
 
 struct Above {
@@ -205,27 +202,6 @@ static float min_p_boundary(const Row& r, float min_p) {
     return from_ordered(high);
 }
 
-// 31 random bits for every token of a vector: "triple32" of Chris Wellons, "Prospecting for Hash
-// Functions" (nullprogram.com, 2018), with half of the key before each of its first two rounds.
-RMR1_INLINE vi bits_of(const Row& r, std::int64_t first) {
-    vu x;
-    for (int i = 0; i < lanes; ++i) x[i] = static_cast<unsigned>(i);
-    x = (x + static_cast<unsigned>(first)) ^ r.low;
-    x = (x ^ (x >> 17)) * 0xed5ad4bbu ^ r.high;
-    x = (x ^ (x >> 11)) * 0xac4c1b51u;
-    x = (x ^ (x >> 15)) * 0x31848babu;
-    return (vi)((x ^ (x >> 14)) >> 1);
-}
-
-// Gumbel noise -log(-log(1 - w)). The exponential is exact for small w, which is where the winners
-// are: what 1 - w rounds away is added again.
-RMR1_INLINE vf noise_of(vi bits) {
-    vf w = (__builtin_convertvector(bits, vf) + 0.5f) * 0x1p-31f;
-    w = w > 1.0f - 0x1p-24f ? splat(1.0f - 0x1p-24f) : w;
-    const vf rest = 1.0f - w;
-    return -log((w - (1.0f - rest)) - log(rest));
-}
-
 // The bits that a token must not exceed to reach `best`: w <= -log(1 - w) = exp(-noise), and
 // z + noise >= best asks for exp(-noise) <= exp(z - best). The margin is for what rounding does.
 RMR1_INLINE vi bits_limit(vf z, float best) {
@@ -242,7 +218,7 @@ struct Best {
 static void draw_block(const Row& r, float least, std::int64_t begin, std::int64_t end, int limit,
                        Best* best) {
     each_vector(begin, end, [&](std::int64_t i, int count) {
-        const vi bits = bits_of(r, i);
+        const vi bits = bits_of(r.key, i);
         if (!any(bits <= limit)) return;
         const vf logits = take(r.logits + i, count);
         const vf scores = (logits - r.peak) * r.inverse + noise_of(bits);
@@ -259,7 +235,7 @@ static void draw_block(const Row& r, float least, std::int64_t begin, std::int64
 // logit; to begin with its score leaves out almost all others. Most blocks then show by their bits
 // alone that none of their tokens can win, and no logarithm is taken.
 static std::int64_t draw(const Row& r, float least, std::int64_t first) {
-    Best best{noise_of(bits_of(r, first))[0], first};  // z is 0
+    Best best{noise_of(bits_of(r.key, first))[0], first};  // z is 0
     const std::int64_t blocks = blocks_of(r.width);
     for (std::int64_t group = 0; group < blocks; group += lanes) {
         // The score may rise within the group: then the limits are only wider than need be.
@@ -270,7 +246,7 @@ static std::int64_t draw(const Row& r, float least, std::int64_t first) {
             const std::int64_t begin = (group + one) * block;
             const int limit = limits[one];
             vi hits{};
-            for (int i = 0; i < block; i += lanes) hits |= bits_of(r, begin + i) <= limit;
+            for (int i = 0; i < block; i += lanes) hits |= bits_of(r.key, begin + i) <= limit;
             if (!any(hits)) continue;
             draw_block(r, least, begin, least_of(begin + block, r.width), limit, &best);
         }
@@ -283,16 +259,6 @@ static std::int64_t find(const Row& r, float logit) {
     while (r.peaks[at / block] != logit) at += block;
     while (r.logits[at] != logit) ++at;
     return at;
-}
-
-// The finaliser of SplitMix64, so that keys that count up share nothing.
-static void set_key(Row* r, std::int64_t key) {
-    std::uint64_t x = static_cast<std::uint64_t>(key) + 0x9e3779b97f4a7c15u;
-    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-    x ^= x >> 31;
-    r->low = static_cast<unsigned>(x);
-    r->high = static_cast<unsigned>(x >> 32);
 }
 
 static void sample_row(const SampleRows& s, std::int64_t row, float* scratch) {
@@ -318,7 +284,7 @@ static void sample_row(const SampleRows& s, std::int64_t row, float* scratch) {
     std::int64_t token = find(r, r.peak);
     double left = total;
     if (!greedy) {
-        set_key(&r, s.keys[row]);
+        r.key = key_of(s.keys[row]);
         float least = -FLT_MAX;
         if (filtered) {
             if (top_k > 0) least = boundary(r, least, false, static_cast<double>(top_k));

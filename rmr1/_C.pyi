@@ -185,15 +185,15 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, y: Tensor, back: bool, threads: in
     """Turn x [T, N, D] into y; csrc/rope.h."""
 
 def sample(
-    logits: Tensor,
-    keys: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    tokens: Tensor,
-    logprobs: Tensor,
-    sampled_logprobs: Tensor,
+    logits: Array,
+    keys: Array,
+    temperature: Array,
+    top_k: Array,
+    top_p: Array,
+    min_p: Array,
+    tokens: Array,
+    logprobs: Array,
+    sampled_logprobs: Array,
     threads: int,
 ) -> None:
     """Draw a token a row of logits [B, V] (rows at any stride); csrc/sample.h."""

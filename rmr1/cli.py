@@ -7,6 +7,7 @@ our output has gone. Set RMR1_TRACEBACK=1 to see where an error came from.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -74,6 +75,10 @@ def _run(args: list[str]) -> int:
         print(f"rmr1: no verb {args[0]!r}; the verbs are {', '.join(VERBS)}", file=sys.stderr)
         return 2
     module, name, _ = VERBS[args[0]]
+    log = logging.getLogger("rmr1")
+    log.setLevel(logging.INFO)
+    if not log.handlers:
+        log.addHandler(_Tell())
     try:
         from rmr1.cli_arguments import parse
 
@@ -91,6 +96,13 @@ def _run(args: list[str]) -> int:
             raise
         print(f"rmr1: {_sentence(error, trains=module == 'rmr1.cli_training')}", file=sys.stderr)
         return 2
+
+
+class _Tell(logging.Handler):
+    """What the engine reports, such as its memory plan, on whatever stderr is now: a bar's too."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), file=sys.stderr)
 
 
 def _sentence(error: ValueError | OSError, *, trains: bool) -> str:

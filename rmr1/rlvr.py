@@ -129,6 +129,8 @@ class _Stage:
             for mini in batch.split(config.grpo.minibatches)
         ]
 
+        self.generator.sync(self.trainer.model)  # its own parameters: what it has cached is stale
+
         self.progress = Progress(step, self.trainer.updates, self.progress.drawn + len(drawn))
         row = {
             "stage": "rlvr",

@@ -133,7 +133,7 @@ def test_prompts_have_their_length_and_are_used_once(workloads: ModuleType) -> N
     prompts = [tuple(prompt) for one in sets for prompt in one]
     assert [len(one) for one in sets] == [3, 3, 3]
     assert {len(prompt) for prompt in prompts} == {40}
-    assert len(set(prompts)) == 9
+    assert len({prompt[:16] for prompt in prompts}) == 9  # a block of a paged cache
     assert workloads.prompt_sets(texts, tokenizer, shape, 3) == sets
     with pytest.raises(ValueError, match="the texts are too few for 3 sets of 3 prompts of 40"):
         workloads.prompt_sets(texts[:3], tokenizer, shape, 3)

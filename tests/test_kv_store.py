@@ -153,5 +153,5 @@ def test_bad_input(backend: Any) -> None:
 def test_no_cache_of_nothing() -> None:
     with pytest.raises(ValueError, match="new_cache: blocks must be at least 1, got 0"):
         new_cache(1, 0, 16, 1, 8, **CPU)
-    with pytest.raises(ValueError, match="new_cache: dtype must be floating, got torch.int8"):
+    with pytest.raises(ValueError, match=r"new_cache: dtype must be floating, got torch\.int8"):
         new_cache(1, 1, 16, 1, 8, dtype=torch.int8, device="cpu")

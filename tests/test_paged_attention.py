@@ -1,12 +1,12 @@
 """Attention over a paged cache, in every implementation, against plain dense attention in fp64.
 
-Whatever nothing may read is NaN: blocks of no sequence, the rest of a last block, and on a CPU the
-padding of its keys. Entries of the table past a context are no block at all.
+Whatever nothing may read is NaN: blocks of no sequence, the rest of a last block, on a CPU the
+padding of its keys, and all new memory. Entries of the table past a context are no block at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rmr1.kernels import dispatch, paged_attention_flash, paged_attention_triton
+from rmr1.kernels import paged_attention_triton
 from rmr1.kernels.dispatch import interpreted, use
 from rmr1.kernels.kv_store import new_cache
 from rmr1.kernels.paged_attention import paged_attention
@@ -26,9 +26,17 @@ MIXED = ([17, 16, 33, 0, 1025, 40, 20, 0, 5], [17, 1, 16, 1, 30, 0, 1, 0, 5])
 SMALL = ([17, 16, 33, 0, 70, 9, 0, 5], [17, 1, 16, 1, 3, 0, 0, 5])
 
 
+@pytest.fixture(autouse=True)
+def new_memory_is_nan() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @dataclass
 class Batch:
-    """Arguments of `paged_attention`, and dense keys and values of every sequence, [context, K, D]."""
+    """Arguments of `paged_attention`, and dense keys and values [context, K, D] by sequence."""
 
     args: list[Tensor]
     counts: list[int]
@@ -133,11 +141,11 @@ def test_native(sizes: Any, group: int, dim: int, block_size: int, isa: str) -> 
         (DECODE, 1, 4, 80, 3, "plain"),
         (DECODE, 1, 1, 8, 1, "plain"),
         (([40, 0, 17, 9], [1, 1, 0, 1]), 2, 3, 8, 32, "plain"),
-        (([130, 5], [1, 1]), 40, 1, 8, 64, "plain"),  # one share, and a tile in a block
+        (([70, 5], [1, 1]), 16, 1, 8, 64, "plain"),  # one share, and a tile in a block
         (SMALL, 2, 3, 8, 16, "cpu"),
         (SMALL, 1, 4, 80, 3, "plain"),
         (SMALL, 1, 1, 64, 1, "plain"),
-        (([130, 64], [70, 1]), 1, 17, 8, 64, "plain"),  # more heads than rows of a tile
+        (([40, 64], [12, 1]), 1, 17, 8, 64, "plain"),  # more heads than rows of a tile
     ],
 )
 def test_triton(sizes: Any, heads: int, group: int, dim: int, block_size: int, layout: str) -> None:
@@ -166,13 +174,26 @@ def test_native_with_many_samples_of_long_prompts(isa: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "native", "triton"])
-def test_rows_of_no_sequence_and_of_no_context_are_zero(backend: Any) -> None:
+def test_rows_of_no_context_are_zero(backend: Any) -> None:
     for contexts, counts in (([5, 0, 0], [1, 1, 0]), ([20, 0, 0], [3, 1, 0])):
-        given = batch(contexts, counts, padding=2)
-        out = given.run(backend)
-        owned = counts[0]
-        assert not out[owned:].any()
-        assert out[:owned].abs().min() > 0
+        out = batch(contexts, counts, padding=2).run(backend)  # and two rows of no sequence
+        assert not out[counts[0] : -2].any()
+        assert out[: counts[0]].abs().min() > 0
+
+
+def test_queries_before_the_first_position_see_nothing_on_a_gpu() -> None:
+    """Where nobody looks at values: zeros, as flash-attn gives, and no NaN."""
+    given = batch([3, 20], [3, 2])
+    wanted = given.plainly(torch.float64)
+    q, keys, values, tables, contexts, starts = given.args
+    longer = torch.cat([torch.randn(4, *q.shape[1:]), q])  # 7 queries, 3 keys
+    starts, out = starts + 4, torch.zeros_like(longer)
+    starts[0] = 0
+    paged_attention_triton.attend(
+        longer, keys, values, tables, contexts, starts, out, longest_query=7, scale=8**-0.5
+    )
+    assert not out[:4].any()
+    assert torch.allclose(out[4:].double(), wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["reference", "native", "triton"])
@@ -260,75 +281,6 @@ def test_how_contexts_are_cut_into_shares() -> None:
     assert shares(1000, 100_000, cpu) == 1
     assert shares(1, 300, cpu) == 3
     assert shares(1, 1, cpu) == 1
-
-
-# --- flash-attn ----------------------------------------------------------------------------------
-
-
-def flash_with_kvcache(q: Tensor, keys: Tensor, values: Tensor, **given: Any) -> Tensor:
-    """What flash-attn documents of flash_attn_with_kvcache: q [S, 1, N, D]."""
-    assert q.shape[1] == 1
-    starts = torch.arange(len(q) + 1, dtype=torch.int32)
-    return flash_varlen(
-        q[:, 0], keys, values, starts, None, max_seqlen_q=1, max_seqlen_k=0, **given
-    )[:, None]
-
-
-def flash_varlen(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    starts: Tensor,
-    key_starts: Tensor | None,
-    *,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    softmax_scale: float,
-    causal: bool,
-    block_table: Tensor,
-    cache_seqlens: Tensor | None = None,
-) -> Tensor:
-    contexts = cache_seqlens if key_starts is None else key_starts.diff()
-    assert causal
-    assert contexts is not None
-    assert contexts.dtype == torch.int32
-    assert key_starts is None or (max_seqlen_q > 1 and contexts.max() <= max_seqlen_k)
-    with use("reference"):
-        return paged_attention(
-            q, keys, values, block_table, contexts, starts,
-            longest_query=max_seqlen_q, scale=softmax_scale,
-        )  # fmt: skip
-
-
-@pytest.mark.parametrize("counts", [[1, 1, 1], [1, 0, 1], [1, 6, 2]])
-def test_how_flash_attn_is_called(counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    fakes = (flash_with_kvcache, flash_varlen)
-    monkeypatch.setattr(paged_attention_flash, "functions", lambda: fakes)
-    given = batch([300, 6, 0], counts[:2] + [1], block_size=256, layout="plain")
-    out = paged_attention_flash.attend(
-        *given.args,
-        longest_query=max(given.counts),
-        scale=8**-0.5,  # type: ignore[call-arg]
-    )
-    wanted = given.plainly(torch.float64)
-    assert torch.allclose(out.double(), wanted, atol=1e-5)
-
-
-def test_when_flash_attn_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = batch([5], [1], layout="plain")
-    keys = given.args[1]
-    assert not paged_attention_flash.suits(given.args[0], keys)  # on a CPU
-    if not torch.cuda.is_available():
-        assert paged_attention_flash.functions() is None or torch.version.hip is None
-    chosen = torch.ones(())
-    monkeypatch.delenv("RMR1_KERNELS", raising=False)
-    monkeypatch.setattr(paged_attention_flash, "suits", lambda *_: True)
-    monkeypatch.setattr(paged_attention_flash, "attend", lambda *_, **__: chosen)
-    assert given.run("triton") is not chosen
-    monkeypatch.setattr(dispatch, "_unasked", lambda *_: "triton")
-    assert paged_attention(*given.args, longest_query=1) is chosen
-    monkeypatch.setenv("RMR1_KERNELS", "triton")
-    assert paged_attention(*given.args, longest_query=1) is not chosen
 
 
 # --- Bad input -----------------------------------------------------------------------------------

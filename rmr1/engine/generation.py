@@ -200,7 +200,7 @@ class Generation:
     def _refuse(self, row: int) -> None:
         sequence = self.rows.sequences[row]
         assert sequence is not None
-        raise FloatingPointError(
+        raise ValueError(
             f"the model's logits for prompt {sequence.request.index} are not finite after"
             f" {int(self.rows.count[row])} tokens; its weights are damaged, or its dtype too narrow"
         )

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from rmr1.engine.cache_plan import (
     CachePlan,
@@ -98,8 +98,8 @@ class Generator:
 
         Raises:
             ValueError: an empty prompt, a token id outside the vocabulary, a prompt that with
-                `max_new_tokens` is longer than the model's positions or than the KV cache.
-            FloatingPointError: logits that are not finite.
+                `max_new_tokens` is longer than the model's positions or than the KV cache, logits
+                that are not finite.
         """
         stream = self.stream(prompts, params)
         done: dict[tuple[int, int], Rollout] = {}
@@ -141,20 +141,21 @@ class Generator:
         return stream
 
     def sync(
-        self, source: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | None = None
+        self, source: nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
     ) -> int:
-        """Take over new weights; returns their version, which every later rollout bears.
+        """Take over a trainer's new weights; returns their version, which later rollouts bear.
 
-        Without `source` the model's own parameters have been written to, and nothing is copied.
-        With one, its tensors are copied into the model one by one, and each copy is verified.
-        Whatever was cached is dropped. Samples that are running begin anew, so that each is of one
-        version.
+        From the generator's own model nothing is copied. From another module, a state dict, or
+        pairs of name and whole tensor that are made one at a time (of a sharded model), each tensor
+        is copied and the copy verified. Whatever was cached is dropped. Samples that are running
+        begin anew, so that each is of one version.
 
         Raises:
             ValueError: see `copy_weights`.
         """
-        if source is not None:
-            copy_weights(self.model, source)
+        if source is not self.model:
+            tensors = source.state_dict() if isinstance(source, nn.Module) else source
+            copy_weights(self.model, tensors)
         self._version.bump()
         self._forget()
         return self._version.number

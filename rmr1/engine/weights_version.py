@@ -88,6 +88,8 @@ def copy_weights(
     missing = set(targets)
     for name, tensor in source.items() if isinstance(source, Mapping) else source:
         target = targets.get(name)
+        if target is None and name == "lm_head.weight":
+            continue  # Hugging Face lists a tied head under both of its names
         if target is None or target.shape != tensor.shape:
             wanted = "no such parameter" if target is None else list(target.shape)
             raise ValueError(f"sync: {name} is {list(tensor.shape)} and the generator's {wanted}.")

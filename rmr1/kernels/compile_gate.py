@@ -125,8 +125,8 @@ def _compile(case: Case, config: triton.Config, chip: Chip) -> Binary:
     text = " ".join(f"{name.lower()}={value}" for name, value in config.kwargs.items())
     shown = f"{text} warps={config.num_warps} stages={config.num_stages}".strip()
     read = _read_nvidia if chip.target.backend == "cuda" else _read_amd
-    # The instructions of sm_90 and sm_100 take 64 rows or more. A kernel with fewer, which a constant
-    # ROWS says, multiplies with those that sm_80 has too.
+    # The instructions of sm_90 and sm_100 take 64 rows or more. A kernel with fewer, which a
+    # constant ROWS says, multiplies with those that sm_80 has too.
     if chip.target.backend == "cuda" and case.constants.get("ROWS", 64) < 64:
         chip = replace(chip, matrix="HMMA")
     return Binary(case, shown, chip, *read(compiled, chip))

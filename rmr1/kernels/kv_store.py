@@ -15,6 +15,7 @@ PagedAttention" (arXiv 2309.06180).
 from __future__ import annotations
 
 import math
+import mmap
 
 import numpy as np
 import torch
@@ -153,14 +154,15 @@ def _padded(block_size: int) -> int:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros on a CPU, through numpy, which asks the system for zeroed pages; from the start of a
-    cache line on, so that no vector lies across two, and with one more at the end, since a vector
-    of the last keys may reach past them.
+    """Zeros on a CPU that take memory page by page, as they are written; with a cache line more at
+    the end, since a vector of the last keys may reach past them.
+
+    Not through numpy, which asks for huge pages: a cache in use here and there then takes several
+    times the memory, and every new page is a pause of a millisecond (docs/results.md).
     """
     size = math.prod(shape) * dtype.itemsize
-    raw = np.zeros(size + 2 * _CACHE_LINE, dtype=np.uint8)
-    first = -raw.ctypes.data % _CACHE_LINE
-    return torch.from_numpy(raw[first : first + size]).view(dtype).view(shape)
+    pages = mmap.mmap(-1, size + _CACHE_LINE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype, count=math.prod(shape)).view(shape)
 
 
 def _check(

@@ -58,8 +58,8 @@ def warps(size: int) -> int:
     return min(8, max(1, size // (16 * 64)))
 
 
-_STRIDES = ("key_stride", "value_stride", "k_block", "k_place", "k_head")
-_STRIDES += ("v_block", "v_place", "v_head")
+_CACHE_STRIDES = ("k_block", "k_place", "k_head", "v_block", "v_place", "v_head")
+_STRIDES = ("key_stride", "value_stride", *_CACHE_STRIDES)
 
 
 def _case(dtype: str, heads: int, dim: int, block_size: int) -> Case:

@@ -23,7 +23,7 @@ from torch import Tensor
 from rmr1 import _C
 from rmr1.kernels import dispatch, paged_attention_flash
 from rmr1.kernels.dispatch import choose
-from rmr1.kernels.kv_store import check_alike, check_caches, native_layout
+from rmr1.kernels.kv_store import check_alike, check_caches, heads_contiguous, native_layout
 
 
 def reference(
@@ -81,8 +81,8 @@ def paged_attention(
         context_lengths: [S] int32, cached tokens of each sequence, its queries included. With 0 the
             output is 0.
         query_starts: [S + 1] int32, from 0: sequence s owns rows query_starts[s] up to
-            query_starts[s + 1], possibly none. Rows past the last are padding, and their output
-            is 0; where there is any, sequences without a query come last.
+            query_starts[s + 1], possibly none. Rows past the last belong to nobody, and what they
+            get is not defined; where there are any, sequences without a query come last.
         longest_query: the most queries of a sequence; 1 is pure decoding.
         scale: of the scores, D ** -0.5 by default.
 
@@ -110,16 +110,17 @@ def paged_attention(
         return reference(*given, scale)
     if backend == "triton" and _unforced() and paged_attention_flash.suits(q, key_cache):
         return paged_attention_flash.attend(*given, longest_query=longest_query, scale=scale)
-    # Zeros, for the rows of no sequence.
-    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if backend == "triton":
         from rmr1.kernels import paged_attention_triton
 
         paged_attention_triton.attend(*given, out, longest_query=longest_query, scale=scale)
     else:
-        tables = (x.contiguous() for x in given[3:])
-        caches = (key_cache, value_cache)
-        _C.paged_attention(q.contiguous(), *caches, *tables, out, scale, torch.get_num_threads())
+        tables, contexts, starts = (x.contiguous() for x in given[3:])
+        _C.paged_attention(
+            heads_contiguous(q), key_cache, value_cache, tables, contexts, starts, out, scale,
+            torch.get_num_threads(),
+        )  # fmt: skip
     return out
 
 
@@ -157,9 +158,9 @@ def _check(
 def _check_values(
     q: Tensor, key_cache: Tensor, where: dict[str, Tensor], longest_query: int
 ) -> None:
-    """In numpy, whose calls on a few numbers cost a tenth of torch's: this is done in each layer."""
+    """In numpy, whose calls on a few numbers cost a tenth of torch's: every layer does this."""
     tables, contexts, starts = (x.numpy() for x in where.values())
-    counts = np.diff(starts)
+    counts = starts[1:] - starts[:-1]
     if starts[0] != 0 or starts[-1] > len(q) or (counts.size and counts.min() < 0):
         raise ValueError(
             f"paged_attention: query_starts must begin with 0, not decrease and end at T = {len(q)}"

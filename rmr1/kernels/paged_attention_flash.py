@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-# flash-attn pages its cache since 2.5.0 (Dao-AILab/flash-attention 54e80a3: flash_attn_with_kvcache;
-# pull request 831: flash_attn_varlen_func). csrc/flash_attn/flash_api.cpp refuses a page size that
-# is no multiple of 256 ("Paged KV cache block size must be divisible by 256"; its build for ROCm
-# asks for 128, issue 1579), heads above 256 and chips before sm_80, and it copies the whole cache
-# for a head size that is no multiple of 8.
+# flash-attn pages its cache since 2.5.0 (Dao-AILab/flash-attention, commit 54e80a3 for
+# flash_attn_with_kvcache, pull request 831 for flash_attn_varlen_func). Its flash_api.cpp refuses a
+# page size that is no multiple of 256 ("Paged KV cache block size must be divisible by 256"; the
+# build for ROCm asks for 128, issue 1579), heads above 256 and chips before sm_80, and it copies
+# the whole cache for a head size that is no multiple of 8.
 PAGE = 256
 LARGEST_HEAD = 256
 

@@ -25,7 +25,7 @@ Splittable Pseudorandom Number Generators" (2014), for SplitMix64.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -152,11 +152,12 @@ def sample(
     if backend == "triton":
         from rmr1.kernels import sample_triton
 
-        sample_triton.sample(logits, *rows, *drawn)
+        sample_triton.sample(logits, rows, drawn)
     else:
         # As numpy's arrays, which cost a third of what tensors do, and a decoding step calls often.
-        arrays = [x.numpy() for x in (logits, *rows, *drawn)]
-        _C.sample(*arrays, torch.get_num_threads())
+        arguments: list[Any] = [x.numpy() for x in (logits, *rows, *drawn)]
+        arguments.append(torch.get_num_threads())
+        _C.sample(*arguments)
     return drawn
 
 

@@ -1,10 +1,10 @@
 """Sampling on a GPU, in Triton: a row a program, in passes over a row that the L2 cache holds.
 
 One pass for the maximum, one for the sum, one for the draw. A filter looks for its threshold by
-bisection, a pass a step, and no row pays for a filter that it has off: with logits in fp32 some 20
-passes, in 16 bits about 10, since there the candidates are fewer. Masses are summed in fp32, lane
-by lane and then as a tree, so the nucleus may end a token sooner or later where its mass meets
-top_p within about 1e-6.
+bisection, a pass a step, and no row pays for a filter that it has off: some 20 passes with logits
+in fp32, about 10 in 16 bits, which take fewer values. Masses are summed in fp32, lane by lane and
+then as a tree, so the nucleus may end a token sooner or later where its mass meets top_p within
+about 1e-6.
 
 Shapes: B rows, V words.
 """
@@ -13,7 +13,6 @@ Shapes: B rows, V words.
 # (a kernel's arguments are pointers and numbers, typed where it is compiled)
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -47,48 +46,52 @@ def _load(at, start, V, BLOCK: tl.constexpr):
 
 @triton.jit
 def _above(at, least, V, peak, inverse, BLOCK: tl.constexpr):
-    """How many logits are at least `least`, and their mass."""
+    """How many logits are at least `least`, their mass, the smallest of them, the largest other."""
     count = tl.zeros((BLOCK,), dtype=tl.int32)
     mass = tl.zeros((BLOCK,), dtype=tl.float32)
+    smallest = tl.full((BLOCK,), float("inf"), dtype=tl.float32)
+    largest = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
     for start in range(0, V, BLOCK):
         x = _load(at, start, V, BLOCK)
         kept = x >= least
         count += kept.to(tl.int32)
         mass += tl.where(kept, tl.exp((x - peak) * inverse), 0.0)
-    return tl.sum(count, axis=0), tl.sum(mass, axis=0)
+        smallest = tl.minimum(smallest, tl.where(kept, x, float("inf")))
+        largest = tl.maximum(largest, tl.where(kept, float("-inf"), x))
+    return (
+        tl.sum(count, axis=0),
+        tl.sum(mass, axis=0),
+        tl.min(smallest, axis=0),
+        tl.max(largest, axis=0),
+    )
 
 
 @triton.jit
 def _boundary(
-    at, least, target, V, peak, inverse,
-    BY_MASS: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+    at, least, target, V, peak, inverse, BY_MASS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """The largest threshold that leaves `target` tokens, or the mass `target`; at least `least`.
 
-    Floats that differ in the last SHIFT bits alone count as one: no logit has such bits.
+    By bisection. Its ends are moved to the nearest logits, so ties, and numbers that were bf16,
+    take no more steps than there are different values.
     """
-    low = _ordered(least) >> SHIFT
-    high = (_ordered(peak) >> SHIFT) + 1
-    under = V
-    over = 0
+    low = _ordered(least)
+    high = _ordered(peak) + 1  # leaves too little
     step = 0
-    # One token in between is the last one to be kept; neighbouring floats: all there are ties.
-    while (high - low > 1) & (under - over > 1):
+    while high - low > 1:
         # First what lies 40 below the peak; then halfway; later halfway among the floats, which
         # ends for sure.
-        half = 0.5 * _from_ordered(low << SHIFT) + 0.5 * _from_ordered(high << SHIFT)
-        guess = tl.where(step == 0, peak - 40.0 / inverse, half)
-        near = _ordered(guess) >> SHIFT
-        middle = tl.where(step < 16, near, low + (high - low) // 2)
+        half = 0.5 * _from_ordered(low) + 0.5 * _from_ordered(high)
+        guess = _ordered(tl.where(step == 0, peak - 40.0 / inverse, half))
+        middle = tl.where(step < 16, guess, low + (high - low) // 2)
         middle = tl.minimum(tl.maximum(middle, low + 1), high - 1)
-        found, mass = _above(at, _from_ordered(middle << SHIFT), V, peak, inverse, BLOCK)
-        enough = (mass if BY_MASS else found) >= target
-        low = tl.where(enough, middle, low)
-        under = tl.where(enough, found, under)
-        high = tl.where(enough, high, middle)
-        over = tl.where(enough, over, found)
+        count, mass, above, below = _above(at, _from_ordered(middle), V, peak, inverse, BLOCK)
+        enough = (mass if BY_MASS else count) >= target
+        # Not past the middle, which -0 would be, being no less than 0.
+        low = tl.where(enough, tl.maximum(_ordered(above), middle), low)
+        high = tl.where(enough, high, tl.minimum(_ordered(below) + 1, middle))
         step += 1
-    return _from_ordered(low << SHIFT)
+    return _from_ordered(low)
 
 
 @triton.jit
@@ -156,7 +159,7 @@ def _draw(at, V, peak, inverse, least, floor, low, high, greedy, BLOCK: tl.const
 @triton.jit
 def _sample(
     logits, keys, temperature, top_k, top_p, min_p, tokens, logprobs, sampled_logprobs, V, stride,
-    SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = logits + row * stride
@@ -180,11 +183,14 @@ def _sample(
     least = -3.4028234663852886e38
     mass = total
     if drawn & (k > 0) & (k < V):
-        least = _boundary(at, least, k, V, peak, inverse, False, SHIFT, BLOCK)
-        _, mass = _above(at, least, V, peak, inverse, BLOCK)
+        least = _boundary(at, least, k, V, peak, inverse, False, BLOCK)
+        _, mass, _, _ = _above(at, least, V, peak, inverse, BLOCK)
     if drawn & (p < 1.0):
-        least = _boundary(at, least, p * mass, V, peak, inverse, True, SHIFT, BLOCK)
-    floor = tl.where((greedy == 0) & (m > 0.0), _log(tl.maximum(m, 1e-37)), float("-inf"))
+        least = _boundary(at, least, p * mass, V, peak, inverse, True, BLOCK)
+    # The largest logit is kept whatever the settings are: nobody has checked them.
+    least = tl.minimum(least, peak)
+    floor = tl.minimum(_log(tl.maximum(m, 1e-37)), 0.0)
+    floor = tl.where((greedy == 0) & (m > 0.0), floor, float("-inf"))
     low, high = _key(keys, row)
     token, left = _draw(at, V, peak, inverse, least, floor, low, high, greedy, BLOCK)
 
@@ -196,47 +202,29 @@ def _sample(
     tl.store(sampled_logprobs + row, tl.where(bad, nan, tl.where(greedy, 0.0, z - tl.log(left))))
 
 
-def sample(
-    logits: Tensor,
-    keys: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    tokens: Tensor,
-    logprobs: Tensor,
-    sampled_logprobs: Tensor,
-) -> None:
-    """Write the last three, [B]; logits [B, V] have contiguous rows."""
-    rows, words = logits.shape
-    if rows:
-        _sample[(rows,)](
-            logits, keys, temperature, top_k, top_p, min_p, tokens, logprobs, sampled_logprobs,
-            words, logits.stride(0), SHIFT=_SHIFTS[logits.dtype], BLOCK=BLOCK, num_warps=WARPS,
-        )  # fmt: skip
+def sample(logits: Tensor, rows: list[Tensor], drawn: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Write tokens and log-probabilities, `drawn`; logits [B, V] have contiguous rows.
+
+    rows: keys, temperature, top_k, top_p and min_p, [B] each.
+    """
+    count, words = logits.shape
+    if count:
+        _sample[(count,)](
+            logits, *rows, *drawn, words, logits.stride(0), BLOCK=BLOCK, num_warps=WARPS
+        )
 
 
-# Bits of fp32 that a number widened from this type leaves empty.
-_SHIFTS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
-
-
-def _case(dtype: str, shift: int) -> Case:
+def _case(dtype: str) -> Case:
     types = {
         "logits": f"*{dtype}",
-        **dict.fromkeys(("temperature", "top_p", "min_p", "logprobs"), "*fp32"),
+        **dict.fromkeys(("temperature", "top_p", "min_p"), "*fp32"),
+        **dict.fromkeys(("logprobs", "sampled_logprobs"), "*fp32"),
         **dict.fromkeys(("keys", "tokens"), "*i64"),
         **dict.fromkeys(("V", "stride"), "i32"),
         "top_k": "*i32",
-        "sampled_logprobs": "*fp32",
     }
-    return Case(
-        f"sample {dtype}",
-        _sample,
-        types,
-        {"SHIFT": shift, "BLOCK": BLOCK},
-        ("logits", "V", "stride"),
-        warps=WARPS,
-    )
+    aligned = ("logits", "V", "stride")
+    return Case(f"sample {dtype}", _sample, types, {"BLOCK": BLOCK}, aligned, warps=WARPS)
 
 
-CASES = [_case("bf16", 16), _case("fp16", 13), _case("fp32", 0)]
+CASES = [_case(dtype) for dtype in ("bf16", "fp16", "fp32")]
