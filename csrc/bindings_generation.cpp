@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "checksum.h"
 #include "decoder.h"
 #include "linear.h"
 #include "paged_attention.h"
@@ -141,6 +142,11 @@ void rmr1_bind_generation(nb::module_& m) {
     m.def("paged_attention", &paged_attention, nb::arg("q"), nb::arg("key_cache"),
           nb::arg("value_cache"), nb::arg("block_tables"), nb::arg("context_lengths"),
           nb::arg("query_starts"), nb::arg("out"), nb::arg("scale"), nb::arg("threads"), unlocked);
+    m.def(
+        "checksum",
+        [](const nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>& bytes,
+           int threads) { return rmr1::checksum(bytes.data(), size(bytes, 0), threads); },
+        nb::arg("bytes"), nb::arg("threads"), unlocked);
     nb::class_<NativeDecoder>(m, "Decoder")
         .def("__init__", &make_decoder, nb::arg("sizes"), nb::arg("eps"), nb::arg("weights"))
         .def("run", &run_decoder, nb::arg("tokens"), nb::arg("positions"), nb::arg("slots"),

@@ -22,7 +22,7 @@ constexpr int few = 128;
 struct Row {
     const float* logits;
     std::int64_t width;
-    float* peaks;    // [blocks, and up to a whole vector of them]
+    float* peaks;    // [blocks, to a whole vector; and the same for these, and so on]
     float* weights;  // exp(z) [whole blocks], where a filter needs it
     float peak, inverse;
     Key key;
@@ -35,6 +35,11 @@ struct Above {
 
 RMR1_INLINE std::int64_t least_of(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 RMR1_INLINE std::int64_t blocks_of(std::int64_t width) { return (width + block - 1) / block; }
+// Room for the peaks of a row, for theirs, and so on, each to a whole vector.
+static std::int64_t peaks_of(std::int64_t width) {
+    const std::int64_t blocks = blocks_of(width);
+    return blocks + lanes + (blocks > few ? peaks_of(blocks) : 0);
+}
 
 // Calls work(i, count) for every vector of tokens begin..end-1: `count` lanes of it are the row's.
 template <class Work>
@@ -163,14 +168,24 @@ static float boundary(const Row& r, float least, bool by_mass, double target) {
     float high = r.peak, low = high;
     Above over = above(r, high), under = over;
     if (size(over) >= target) return high;
-    for (float step = 1;; step *= 2) {
-        low = r.peak - step / r.inverse;
-        if (!(low > least) || step > 64) low = least;
-        under = above(r, low);
-        if (size(under) >= target) break;
+    // The k-th largest peak leaves k blocks, so k tokens at least, and not many more.
+    const std::int64_t blocks = blocks_of(r.width);
+    float first = r.peak - 1 / r.inverse;
+    if (!by_mass && target <= static_cast<double>(blocks) && blocks > few) {
+        Row peaks = r;
+        peaks.logits = r.peaks;
+        peaks.width = blocks;
+        peaks.peaks = r.peaks + blocks + lanes;
+        find_peaks(peaks);
+        first = boundary(peaks, least, false, target);
+    }
+    for (float step = 1; size(under) < target; step *= 2) {
         if (low == least) return least;
         high = low;
         over = under;
+        low = step == 1 ? first : r.peak - step / r.inverse;
+        if (!(low > least) || step > 64) low = least;
+        under = above(r, low);
     }
     for (int round = 0; under.count - over.count > few; ++round) {
         // Neighbouring floats: what is in between is one value.
@@ -270,7 +285,7 @@ static void sample_row(const SampleRows& s, std::int64_t row, float* scratch) {
     r.logits = s.logits + row * s.stride;
     r.width = s.width;
     r.peaks = scratch;
-    r.weights = scratch + blocks_of(s.width) + lanes;
+    r.weights = scratch + peaks_of(s.width);
     // Within bounds, since 0 * inf would be NaN.
     const float inverse = greedy ? 1.0f : 1.0f / heat;
     r.inverse = inverse > 1e30f ? 1e30f : inverse < 1e-30f ? 1e-30f : inverse;
@@ -306,6 +321,9 @@ static void sample_row(const SampleRows& s, std::int64_t row, float* scratch) {
     s.sampled_logprobs[row] = greedy ? 0.0f : static_cast<float>(z - std::log(left));
 }
 
+// Numbers of scratch for one row: peaks and weights.
+static std::int64_t room_of(std::int64_t width) { return peaks_of(width) + blocks_of(width) * block; }
+
 static void sample_rows(const SampleRows& s, float* scratch, std::int64_t begin,
                         std::int64_t end) {
     for (std::int64_t row = begin; row < end; ++row) sample_row(s, row, scratch);
@@ -325,8 +343,7 @@ void sample(const SampleRows& rows, int threads) {
     const auto run = RMR1_CHOOSE(sample_rows);
     // As in SwiGLU, which has an exp a number too.
     const std::int64_t grain = 16384 / (rows.width + 1) + 1;
-    const std::int64_t blocks = (rows.width + RMR1_ISA::block - 1) / RMR1_ISA::block;
-    const std::int64_t room = blocks * (1 + RMR1_ISA::block) + 16;  // the widest vector
+    const std::int64_t room = RMR1_CHOOSE(room_of)(rows.width);
     const std::int64_t most = threads < rows.rows ? threads : rows.rows;
     // Here, since what runs in parallel must not throw.
     const auto scratch = std::make_unique_for_overwrite<float[]>(most > 1 ? most * room : room);

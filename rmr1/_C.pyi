@@ -224,6 +224,9 @@ def paged_attention(
 ) -> None:
     """Attention of q [T, N, D] over a layer's paged cache into `out`; csrc/paged_attention.h."""
 
+def checksum(bytes: Tensor, threads: int) -> int:
+    """Of uint8 [N], 64 bits; csrc/checksum.h."""
+
 class Decoder:
     """All layers of a decoder for a step's tokens, over a paged cache; csrc/decoder.h."""
 

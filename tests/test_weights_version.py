@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -32,9 +33,10 @@ SIZES: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+TOKEN_BYTES = 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, head size, fp32
 # Two of them begin alike; all are longer than two blocks, but for the last.
 PROMPTS = [list(range(40)), [*range(33), 7, 7, 7], [9] * 35, [1, 2, 3]]
-PARAMS = SamplingParams(temperature=0, max_new_tokens=10)
+PARAMS = SamplingParams(temperature=0, max_new_tokens=6)
 
 
 class Numbers:
@@ -55,12 +57,24 @@ def make_model(seed: int, kind: str = "native", **options: Any) -> CausalLM:
     return model
 
 
-def fresh(model: CausalLM, prompts: list[list[int]] = PROMPTS) -> list[list[Rollout]]:
+def fresh(model: CausalLM) -> list[list[Rollout]]:
+    """What the yardstick draws."""
     other = CausalLM(model.config).to(model.lm_head_weight.dtype)
     other.load_state_dict({name: x.detach().clone() for name, x in model.state_dict().items()})
     if "forward" in vars(model):
         other.forward = other.forward  # type: ignore[method-assign]
-    return Generator(other, Numbers()).generate(prompts, PARAMS)
+    return Generator(other, Numbers()).generate(PROMPTS, PARAMS)
+
+
+def same(outputs: list[list[Rollout]], others: list[list[Rollout]]) -> bool:
+    """But for the rounding of torch's products, which depend on the batch."""
+    pairs = [
+        pair for groups in zip(outputs, others, strict=True) for pair in zip(*groups, strict=True)
+    ]
+    return all(
+        a.token_ids == b.token_ids and np.allclose(a.logprobs, b.logprobs, atol=1e-4)
+        for a, b in pairs
+    )
 
 
 def versions(outputs: list[list[Rollout]]) -> set[int]:
@@ -89,11 +103,13 @@ def through_data(model: CausalLM) -> None:
 
 
 def in_one_place(model: CausalLM) -> None:
-    model.model.layers[1].self_attn.v_proj.weight.data[3, 4] += 5.0  # type: ignore[index, union-attr]
+    layer: Any = model.model.layers[1]
+    layer.self_attn.v_proj.weight.data[3, 4] += 5.0
 
 
 def by_rows_swapped(model: CausalLM) -> None:
-    weight = model.model.layers[0].self_attn.v_proj.weight.data  # type: ignore[union-attr]
+    layer: Any = model.model.layers[0]
+    weight = layer.self_attn.v_proj.weight.data
     weight.copy_(weight.flip(0))
 
 
@@ -111,36 +127,38 @@ def by_assigning(model: CausalLM) -> None:
 
 
 WAYS: list[Any] = [
-    by_an_optimizer,
-    in_place,
-    through_data,
-    in_one_place,
+    (by_an_optimizer, "native"),
+    (in_place, "native"),
+    (through_data, "native"),
+    (through_data, "torch"),
+    (in_one_place, "native"),
     pytest.param(
         by_rows_swapped,
+        "native",
         marks=pytest.mark.xfail(strict=True, reason="the checksum is the same for any order"),
     ),
-    by_other_memory,
-    by_loading,
-    by_assigning,
+    (by_other_memory, "native"),
+    (by_loading, "native"),
+    (by_assigning, "native"),
+    (by_assigning, "torch"),
 ]
-NOTICED = (by_an_optimizer, in_place, by_other_memory, by_loading, by_assigning)  # by torch
 
 
-@pytest.mark.parametrize("kind", ["native", "torch"])
-@pytest.mark.parametrize("write", WAYS)
+@pytest.mark.parametrize(("write", "kind"), WAYS)
 def test_a_call_uses_the_weights_of_now(write: Callable[[CausalLM], None], kind: str) -> None:
     model = make_model(0, kind)
     generator = Generator(model, Numbers())
     before = generator.generate(PROMPTS, PARAMS)
-    assert generator.generate(PROMPTS, PARAMS) == before == fresh(model)
+    assert same(before, fresh(model))
+    assert same(before, generator.generate(PROMPTS, PARAMS))
     assert generator.weights_version == 0
     write(model)
     after = generator.generate(PROMPTS, PARAMS)
-    assert after == fresh(model)
-    assert after != before
+    assert same(after, fresh(model))
+    assert not same(after, before)
     assert versions(after) == {generator.weights_version}
     write(model)
-    assert generator.generate(PROMPTS, PARAMS) == fresh(model)
+    assert same(generator.generate(PROMPTS, PARAMS), fresh(model))
     assert generator.weights_version >= 2
 
 
@@ -183,11 +201,11 @@ def test_another_dtype_is_another_model() -> None:
     generator = Generator(model, Numbers())
     before = generator.generate(PROMPTS, PARAMS)
     model.bfloat16()
-    assert generator.generate(PROMPTS, PARAMS) == fresh(model)
+    assert same(generator.generate(PROMPTS, PARAMS), fresh(model))
     model.float()
     after = generator.generate(PROMPTS, PARAMS)
-    assert after == fresh(model)
-    assert after != before  # 16 bits have gone
+    assert same(after, fresh(model))
+    assert not same(after, before)  # 16 bits have gone
 
 
 def test_weights_without_counters() -> None:
@@ -197,8 +215,8 @@ def test_weights_without_counters() -> None:
         before = generator.generate(PROMPTS, PARAMS)
         model.load_state_dict(other.state_dict())
     after = generator.generate(PROMPTS, PARAMS)
-    assert after == fresh(model)
-    assert after != before
+    assert same(after, fresh(model))
+    assert not same(after, before)
 
 
 # --- What is cached is used while it may be ------------------------------------------------------
@@ -222,10 +240,10 @@ def test_unchanged_weights_compute_a_prompt_once() -> None:
     computed = counting(model)
     generator = Generator(model, Numbers())
     first = generator.generate(PROMPTS[:1], PARAMS)
-    assert computed == [40] + [1] * 9
+    assert computed == [40] + [1] * 5
     computed.clear()
-    assert generator.generate(PROMPTS[:1], PARAMS) == first
-    assert computed == [8] + [1] * 9  # two blocks of 16 are known
+    assert same(generator.generate(PROMPTS[:1], PARAMS), first)
+    assert computed == [8] + [1] * 5  # two blocks of 16 are known
     computed.clear()
     generator.generate(PROMPTS[1:2], PARAMS)
     assert computed[0] == 36 - 32
@@ -277,7 +295,7 @@ def test_a_write_in_the_middle_of_a_call_spoils_no_later_one() -> None:
     generator._step()
     swap_data(model, 1)
     list(stream)
-    assert generator.generate(PROMPTS, PARAMS) == fresh(model)
+    assert same(generator.generate(PROMPTS, PARAMS), fresh(model))
 
 
 @pytest.mark.xfail(strict=True, reason="sums are compared only while no stream is open")
@@ -287,7 +305,7 @@ def test_a_write_while_a_stream_is_left_open() -> None:
     stream = generator.stream(PROMPTS, SamplingParams(temperature=0, max_new_tokens=60))
     generator._step()
     swap_data(model, 1)
-    assert generator.generate(PROMPTS, PARAMS) == fresh(model)
+    assert same(generator.generate(PROMPTS, PARAMS), fresh(model))
     stream.close()
 
 
@@ -302,7 +320,7 @@ def test_weights_that_come_back() -> None:
     generator._step()
     stream.close()
     swap_data(model, 0)
-    assert generator.generate(PROMPTS, PARAMS) == fresh(model)
+    assert same(generator.generate(PROMPTS, PARAMS), fresh(model))
 
 
 def test_weights_that_come_back_after_whole_calls() -> None:
@@ -310,7 +328,7 @@ def test_weights_that_come_back_after_whole_calls() -> None:
     generator = Generator(model, Numbers())
     for seed in (0, 1, 0, 2, 0):
         swap_data(model, seed)
-        assert generator.generate(PROMPTS, PARAMS) == fresh(model)
+        assert same(generator.generate(PROMPTS, PARAMS), fresh(model))
     assert generator.weights_version == 4
 
 
@@ -326,13 +344,25 @@ def test_short_prompts_bear_the_version_too() -> None:
 # --- In the middle of a stream -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["native", "torch"])
-@pytest.mark.parametrize("memory", [None, (5 * 16 * 256 + 1) / 1e9], ids=["room", "tight"])
-@pytest.mark.parametrize("write", [*NOTICED, "sync", "sync after .data"])
-def test_unfinished_samples_begin_anew(write: Any, memory: float | None, kind: str) -> None:
+MIDDLE: list[Any] = [
+    (by_an_optimizer, "native"),
+    (in_place, "native"),
+    (in_place, "torch"),
+    (by_other_memory, "native"),
+    (by_assigning, "native"),
+    (by_assigning, "torch"),
+    ("sync", "native"),
+    ("sync after .data", "native"),
+]
+
+
+@pytest.mark.parametrize("blocks", [None, 24], ids=["room", "tight"])
+@pytest.mark.parametrize(("write", "kind"), MIDDLE)
+def test_unfinished_samples_begin_anew(write: Any, kind: str, blocks: int | None) -> None:
     model = make_model(0, kind)
     old = fresh(model)
-    generator = Generator(model, Numbers(), kv_memory_gb=memory)
+    memory = None if blocks is None else (blocks * 4 * TOKEN_BYTES + 1) / 1e9
+    generator = Generator(model, Numbers(), kv_memory_gb=memory, block_size=4)
     params = [PARAMS, SamplingParams(temperature=0, max_new_tokens=3), PARAMS, PARAMS]
     stream = generator.stream(PROMPTS, params)
     first = next(stream)
@@ -341,6 +371,9 @@ def test_unfinished_samples_begin_anew(write: Any, memory: float | None, kind: s
         == old[first.prompt][0].token_ids[: params[first.prompt].max_new_tokens]
     )
     assert stream.unfinished == 3
+    assert generator._generation is not None
+    put_back = [one for _, one in generator._generation.scheduler._waiting if len(one.tokens)]
+    assert len(put_back) == (blocks is not None)
     if write == "sync":
         generator.sync(make_model(1).state_dict())
     elif write == "sync after .data":
@@ -353,15 +386,13 @@ def test_unfinished_samples_begin_anew(write: Any, memory: float | None, kind: s
         0, 1, 1, 1
     ]  # fmt: skip
     new = fresh(model)
-    assert new != old
+    assert not same(new, old)
     for one in rest:
         tokens = one.rollout.token_ids
         assert tokens == new[one.prompt][0].token_ids[: len(tokens)]
         assert len(tokens) == params[one.prompt].max_new_tokens
         assert len(one.rollout.logprobs) == len(tokens)
-    assert generator._generation is not None
-    assert generator._generation.scheduler.preemptions > 0 or memory is None
-    assert generator.generate(PROMPTS, PARAMS) == new
+    assert same(generator.generate(PROMPTS, PARAMS), new)
     assert generator.weights_version == 1
 
 
@@ -370,14 +401,14 @@ def test_each_step_may_bring_new_weights() -> None:
     model = make_model(0)
     generator = Generator(model, Numbers())
     stream = generator.stream(PROMPTS, PARAMS)
-    for number in range(1, 8):
+    for number in range(1, 5):
         generator._step()
         in_place(model)
         through_data(model)
         if number % 2:
             assert generator.sync(model) >= number
     found = {one.prompt: one.rollout for one in stream}
-    assert [[found[prompt]] for prompt in range(4)] == fresh(model)
+    assert same([[found[prompt]] for prompt in range(4)], fresh(model))
     assert {rollout.weights_version for rollout in found.values()} == {generator.weights_version}
 
 
@@ -408,11 +439,11 @@ def test_sync_copies_and_the_version_is_on_every_rollout() -> None:
             assert torch.equal(mine, given)
             assert mine.data_ptr() != given.data_ptr()
         outputs = generator.generate(PROMPTS, PARAMS)
-        assert outputs == fresh(trainer)
+        assert same(outputs, fresh(trainer))
         assert versions(outputs) == {number}
     trainer = make_model(3)
     generator.sync(trainer)  # a module
-    assert generator.generate(PROMPTS, PARAMS) == fresh(trainer)
+    assert same(generator.generate(PROMPTS, PARAMS), fresh(trainer))
 
 
 def test_sync_of_a_sharded_model_holds_one_tensor_at_a_time() -> None:
@@ -429,36 +460,36 @@ def test_sync_of_a_sharded_model_holds_one_tensor_at_a_time() -> None:
 
     assert generator.sync(gathered()) == 1
     assert set(asked) == set(targets)
-    assert generator.generate(PROMPTS, PARAMS) == fresh(trainer)
+    assert same(generator.generate(PROMPTS, PARAMS), fresh(trainer))
 
 
 def test_sync_from_another_dtype() -> None:
     trainer = make_model(1).double()
     with torch.no_grad():
-        trainer.model.norm.weight += 1e-12  # rounded away
+        trainer.model.norm.weight.add_(1e-12)  # rounded away
     generator = Generator(make_model(0), Numbers())
     generator.sync(trainer.state_dict())
     trainer.float()
-    assert generator.generate(PROMPTS, PARAMS) == fresh(trainer)
+    assert same(generator.generate(PROMPTS, PARAMS), fresh(trainer))
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_sync_from_transformers(tied: bool) -> None:
     """Its state dict lists a tied head under both of its names."""
     torch.manual_seed(5)
-    trainer = Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=tied))
+    trainer: Any = Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=tied))
     assert "lm_head.weight" in trainer.state_dict()
     model = CausalLM(ModelConfig.from_dict(trainer.config.to_dict()))
     generator = Generator(model, Numbers())
     generator.sync(trainer.state_dict())
     other = CausalLM(model.config)
     other.load_state_dict(trainer.state_dict())
-    assert generator.generate(PROMPTS, PARAMS) == fresh(other)
+    assert same(generator.generate(PROMPTS, PARAMS), fresh(other))
     with torch.no_grad():
         trainer.get_input_embeddings().weight.neg_()
     assert generator.sync(trainer) == 2
     other.load_state_dict(trainer.state_dict())
-    assert generator.generate(PROMPTS, PARAMS) == fresh(other)
+    assert same(generator.generate(PROMPTS, PARAMS), fresh(other))
 
 
 def drop(state: dict[str, Any]) -> None:
@@ -491,7 +522,7 @@ def test_a_bad_source(spoil: Callable[[dict[str, Any]], object], message: str) -
         with pytest.raises(ValueError, match=f"^sync: .*{message}"):
             generator.sync(source)
     # Whatever it did, nothing stale is used.
-    assert generator.generate(PROMPTS, PARAMS) == fresh(generator.model)
+    assert same(generator.generate(PROMPTS, PARAMS), fresh(generator.model))
 
 
 @pytest.mark.xfail(strict=True, reason="names are compared while tensors are copied")
@@ -520,7 +551,7 @@ def test_a_copy_is_verified() -> None:
     model, state = make_model(0), dict(make_model(1).state_dict())
     assert copy_weights(model, state) == 21
     name = "model.layers.1.self_attn.k_proj.weight"
-    state[name] = state[name].clone().as_subclass(Moving)  # type: ignore[arg-type]
+    state[name] = state[name].clone().as_subclass(Moving)
     with pytest.raises(ValueError, match=f"sync: {name} differs from its source after the copy"):
         copy_weights(model, state)
 

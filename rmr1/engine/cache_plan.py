@@ -87,6 +87,6 @@ def check_fits(prompt: int, max_new_tokens: int, plan: CachePlan) -> None:
         raise ValueError(
             f"a prompt of {prompt} tokens and max_new_tokens={max_new_tokens} need"
             f" {needed * plan.block_size * plan.token_bytes / 1e9:.3g} GB of KV cache ({needed}"
-            f" blocks of {plan.block_size} tokens), and {plan.budget / 1e9:.3g} GB"
-            f" ({plan.blocks} blocks) are available; raise kv_memory_gb or shorten them"
+            f" blocks of {plan.block_size} tokens), and {plan.blocks} blocks of"
+            f" {plan.budget / 1e9:.3g} GB are available; raise kv_memory_gb or shorten them"
         )

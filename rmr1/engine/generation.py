@@ -20,6 +20,7 @@ from torch import Tensor
 from rmr1.engine.block_pool import BlockPool
 from rmr1.engine.cache_plan import CachePlan
 from rmr1.engine.detokenize import decode
+from rmr1.engine.endings import ENDS, MAY_END
 from rmr1.engine.kv_cache import PagedCache
 from rmr1.engine.model import CausalLM
 from rmr1.engine.native_step import NativeStep
@@ -30,8 +31,6 @@ from rmr1.engine.torch_step import TorchStep, upload
 from rmr1.kernels.linear import linear
 from rmr1.kernels.sample import Drawn, sample
 
-# Bits of `Request.flags`.
-ENDS, MAY_END = 1, 2
 # Logits are made for at most so many words at a time: 64 MB in fp32.
 _LOGITS = 1 << 24
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,9 +25,8 @@ from rmr1.engine.cache_plan import (
     default_budget,
     plan_cache,
 )
-from rmr1.engine.config_json import end_token_ids, read_json
-from rmr1.engine.detokenize import StopStrings
-from rmr1.engine.generation import ENDS, MAY_END, Generation, Rollout
+from rmr1.engine.endings import Endings
+from rmr1.engine.generation import Generation, Rollout
 from rmr1.engine.model import CausalLM
 from rmr1.engine.rollout_stream import Finished, Piece, RolloutStream
 from rmr1.engine.sampling import SamplingParams
@@ -74,9 +72,7 @@ class Generator:
         self.kv_memory_gb = kv_memory_gb
         self.block_size = block_size
         self.max_batch_tokens = max_batch_tokens
-        self._end_tokens = _end_tokens(model, tokenizer)
-        self._stop_strings: dict[tuple[str, ...], StopStrings] = {}
-        self._flags: dict[tuple[Any, ...], np.ndarray] = {}
+        self._endings = Endings(model.config, tokenizer)
         self._version = WeightsVersion(model)
         self._generation: Generation | None = None
         self._streams: dict[Sequence, RolloutStream] = {}
@@ -101,7 +97,8 @@ class Generator:
                 `max_new_tokens` is longer than the model's positions or than the KV cache, logits
                 that are not finite.
         """
-        stream = self.stream(prompts, params)
+        settings = _one_each(params, len(prompts))
+        stream = self._open(prompts, settings, more=False)
         done: dict[tuple[int, int], Rollout] = {}
         try:
             while stream.unfinished:
@@ -114,7 +111,6 @@ class Generator:
                     progress(len(done) - before, drawn)
         finally:
             stream.close()
-        settings = _one_each(params, len(prompts))
         return [
             [done[prompt, sample] for sample in range(settings[prompt].n)]
             for prompt in range(len(prompts))
@@ -131,18 +127,9 @@ class Generator:
             ValueError: as `generate`, before anything is computed.
         """
         prompts = prompts or []
-        settings = _one_each(params, len(prompts))
-        for index, (prompt, each) in enumerate(zip(prompts, settings, strict=True)):
-            self._check(prompt, each, f"prompts[{index}]")
-        self._prepare([(len(p), s) for p, s in zip(prompts, settings, strict=True)])
-        stream = RolloutStream(self)
-        for prompt, each in zip(prompts, settings, strict=True):
-            stream.add(prompt, each)
-        return stream
+        return self._open(prompts, _one_each(params, len(prompts)), more=True)
 
-    def sync(
-        self, source: nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
-    ) -> int:
+    def sync(self, source: nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> int:
         """Take over a trainer's new weights; returns their version, which later rollouts bear.
 
         From the generator's own model nothing is copied. From another module, a state dict, or
@@ -177,28 +164,18 @@ class Generator:
 
     def end_tokens(self, params: SamplingParams) -> list[int]:
         """Every token that ends a sample."""
-        own = set() if params.ignore_eos else self._end_tokens
-        return sorted(own.union(params.stop_token_ids))
+        return self._endings.tokens(params)
 
     # --- What streams call -----------------------------------------------------------------------
 
-    def _enqueue(
+    def _add(
         self, stream: RolloutStream, prompt: list[int], params: SamplingParams, number: int
     ) -> list[Sequence]:
-        self._check(prompt, params, f"prompts[{number}]")
-        generation = self._prepare([(len(prompt), params)])
-        request = Request(
-            np.array(prompt, dtype=np.int64),
-            params,
-            number,
-            self._flags_of(params),
-            self._stops_of(params.stop),
-        )
-        request.hash_blocks(self.block_size)
-        sequences = new_sequences(request, self._numbers)
-        generation.scheduler.add(sequences)
-        self._streams.update(dict.fromkeys(sequences, stream))
-        return sequences
+        """One more request of a stream, checked."""
+        tokens = self._tokens(prompt, params, f"prompts[{number}]")
+        # While others run, whoever writes weights past torch's knowledge has to call `sync`.
+        self._prepare([(len(tokens), params)], more=True, look=not self._streams)
+        return self._enqueue(stream, tokens, params, number)
 
     def _cancel(self, sequence: Sequence) -> None:
         if self._streams.pop(sequence, None) is not None:
@@ -219,66 +196,97 @@ class Generator:
             if self._version.touched():
                 self._forget()
             finished, drawn = generation.step(self._version.number)
-        except BaseException:  # Ctrl-C too: half a step leaves nothing that could be trusted
+        except BaseException as error:  # Ctrl-C too: half a step leaves nothing to be trusted
             generation.clear()
             for stream in set(self._streams.values()):
-                stream._abort()
+                stream._abort(error)
             self._streams.clear()
             raise
         for sequence, rollout in finished:
             self._streams.pop(sequence)._finish(sequence, rollout)
-        if not self._streams:
-            self._version.remember()
         return drawn
 
     # --- Preparation -----------------------------------------------------------------------------
 
-    def _prepare(self, requests: list[tuple[int, SamplingParams]]) -> Generation:
-        """A cache in which each of these (prompt length, params) fits, and nothing stale."""
-        generation = self._generation
-        if generation is not None and not self._streams and not generation.fits():
-            generation = None  # another dtype or device
-        if generation is None or (not self._streams and self._may_grow(requests, generation)):
-            generation = self._new_generation(requests)
-            self._version.touched()
-        elif self._streams:
-            if self._version.touched():
-                self._forget()
-        elif generation.pool.cached and self._version.changed():
-            self._forget()
-        self._generation = generation
-        _check_fits(requests, generation.plan)
-        return generation
+    def _open(
+        self, prompts: list[list[int]], settings: list[SamplingParams], *, more: bool
+    ) -> RolloutStream:
+        """A stream of these requests, all of them checked first; `more` may come later."""
+        pairs = list(zip(prompts, settings, strict=True))
+        tokens = [self._tokens(*pair, f"prompts[{index}]") for index, pair in enumerate(pairs)]
+        self._prepare([(len(p), each) for p, each in pairs], more=more, look=True)
+        stream = RolloutStream(self)
+        for number, (prompt, each) in enumerate(zip(tokens, settings, strict=True)):
+            stream._take(self._enqueue(stream, prompt, each, number))
+        return stream
 
-    def _may_grow(self, requests: list[tuple[int, SamplingParams]], now: Generation) -> bool:
+    def _enqueue(
+        self, stream: RolloutStream, prompt: np.ndarray, params: SamplingParams, number: int
+    ) -> list[Sequence]:
+        flags, stops = self._endings.flags(params), self._endings.stops(params)
+        request = Request(prompt, params, number, flags, stops)
+        request.hash_blocks(self.block_size)
+        sequences = new_sequences(request, self._numbers)
+        assert self._generation is not None
+        self._generation.scheduler.add(sequences)
+        self._streams.update(dict.fromkeys(sequences, stream))
+        return sequences
+
+    def _prepare(
+        self, requests: list[tuple[int, SamplingParams]], *, more: bool, look: bool
+    ) -> None:
+        """A cache in which each of these (prompt length, params) fits, and nothing stale.
+
+        `look` at the weights themselves, not only at what torch knows of them.
+        """
+        if self._version.changed() if look else self._version.touched():
+            self._forget()
+        now = self._generation
+        if not self._streams and (
+            now is None or not now.fits() or self._may_grow(requests, now, more)
+        ):
+            self._generation = now = None  # its memory is free again before more is taken
+            self._generation = self._new_generation(requests, more)
+        assert self._generation is not None
+        _check_fits(requests, self._generation.plan)
+
+    def _may_grow(
+        self, requests: list[tuple[int, SamplingParams]], now: Generation, more: bool
+    ) -> bool:
         if self.kv_memory_gb is not None or now.plan.total_bytes >= 0.9 * now.plan.budget:
             return False
-        return self._most_blocks(requests, now.max_rows) > now.plan.blocks
+        return self._most_blocks(requests, now.max_rows, more) > now.plan.blocks
 
-    def _new_generation(self, requests: list[tuple[int, SamplingParams]]) -> Generation:
+    def _new_generation(self, requests: list[tuple[int, SamplingParams]], more: bool) -> Generation:
         weight, config = self.model.lm_head_weight, self.model.config
-        self._generation = None  # its memory is free again before more is taken
         tokens = self.max_batch_tokens
         if weight.device.type == "cpu":
             tokens = min(tokens, _MAX_CPU_TOKENS)
         rows = min(_MAX_ROWS[weight.device.type], tokens)
         given = self.kv_memory_gb
-        token_bytes = bytes_per_token(config, weight.dtype)
         plan = plan_cache(
             budget=default_budget(weight.device) if given is None else int(given * 1e9),
-            token_bytes=token_bytes,
+            token_bytes=bytes_per_token(config, weight.dtype),
             block_size=self.block_size,
-            most_blocks=rows * blocks_for(config.max_position_embeddings, self.block_size)
-            if given is not None
-            else self._most_blocks(requests, rows),
+            most_blocks=self._most_blocks(requests, rows, more or given is not None),
         )
         _check_fits(requests, plan)
+        if not plan.blocks:
+            raise ValueError(
+                f"{plan.budget / 1e9:.3g} GB of KV cache do not hold one block of"
+                f" {plan.block_size} tokens ({plan.block_size * plan.token_bytes / 1e9:.3g} GB);"
+                " raise kv_memory_gb"
+            )
         _log.info("%s", plan)
-        return Generation(self.model, self.tokenizer, plan, max(1, rows), tokens)
+        return Generation(self.model, self.tokenizer, plan, rows, tokens)
 
-    def _most_blocks(self, requests: list[tuple[int, SamplingParams]], rows: int) -> int:
-        """Blocks with which nobody waits for memory: prompts once, and the samples that can run."""
+    def _most_blocks(
+        self, requests: list[tuple[int, SamplingParams]], rows: int, more: bool
+    ) -> int:
+        """Blocks with which nobody waits for memory; `more`: others may come, of any length."""
         size = self.block_size
+        if more:
+            return rows * blocks_for(self.model.config.max_position_embeddings, size)
         prompts = sum(blocks_for(prompt, size) for prompt, _ in requests)
         tails = [blocks_for(p.max_new_tokens, size) + 1 for _, p in requests for _ in range(p.n)]
         return prompts + sum(sorted(tails)[-rows:]) + 1
@@ -288,42 +296,27 @@ class Generator:
             self._generation.scheduler.restart()
             self._generation.rebind()
 
-    def _flags_of(self, params: SamplingParams) -> np.ndarray:
-        """What a token means, [V] uint8; the same array for the same settings."""
-        key = (params.stop, params.stop_token_ids, params.ignore_eos)
-        if key not in self._flags:
-            words = self.model.config.vocab_size
-            flags = np.zeros(words, dtype=np.uint8)
-            flags[[token for token in self.end_tokens(params) if token < words]] |= ENDS
-            stops = self._stops_of(params.stop)
-            if stops is not None:
-                flags[stops.may_end] |= MAY_END
-            self._flags[key] = flags
-        return self._flags[key]
-
-    def _stops_of(self, stop: tuple[str, ...]) -> StopStrings | None:
-        """The matcher of these stop strings, built once."""
-        if stop and stop not in self._stop_strings:
-            words = self.model.config.vocab_size
-            self._stop_strings[stop] = StopStrings(self.tokenizer, stop, words)
-        return self._stop_strings.get(stop)
-
-    def _check(self, prompt: list[int], params: SamplingParams, name: str) -> None:
+    def _tokens(self, prompt: list[int], params: SamplingParams, name: str) -> np.ndarray:
+        """The prompt as an array, checked: [P] int64."""
         config = self.model.config
-        if not prompt:
+        tokens = np.asarray(prompt)
+        if not tokens.size:
             raise ValueError(f"{name} is empty; a prompt needs at least one token")
-        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
-            wrong = next(token for token in prompt if not 0 <= token < config.vocab_size)
+        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+            raise ValueError(f"{name} must be a list of token ids, got {str(prompt)[:60]}")
+        wrong = tokens[(tokens < 0) | (tokens >= config.vocab_size)]
+        if wrong.size:
             raise ValueError(
-                f"{name} holds the token id {wrong}, and the model's vocabulary has "
+                f"{name} holds the token id {wrong[0]}, and the model's vocabulary has "
                 f"{config.vocab_size} words; encode it with the model's own tokenizer"
             )
-        if len(prompt) + params.max_new_tokens > config.max_position_embeddings:
+        if len(tokens) + params.max_new_tokens > config.max_position_embeddings:
             raise ValueError(
-                f"{name} has {len(prompt)} tokens, which with max_new_tokens="
+                f"{name} has {len(tokens)} tokens, which with max_new_tokens="
                 f"{params.max_new_tokens} is more than the model's "
                 f"{config.max_position_embeddings} positions; shorten it or lower max_new_tokens"
             )
+        return tokens.astype(np.int64)
 
 
 def _check_fits(requests: list[tuple[int, SamplingParams]], plan: CachePlan) -> None:
@@ -345,24 +338,3 @@ def _one_each(
     if params is None and prompts:
         raise ValueError("params is missing: prompts need a SamplingParams")
     return [params] * prompts if params is not None else []
-
-
-def _end_tokens(model: CausalLM, tokenizer: Any) -> set[int]:
-    """The tokens with which the model ends a turn, by its tokenizer, config and generation config.
-
-    They often differ: an instruct model's tokenizer names the end of a turn, its config the end of
-    a text, and only generation_config.json both.
-    """
-    sources = [tokenizer.eos_token_id, model.config.eos_token_id]
-    path = Path(str(getattr(tokenizer, "name_or_path", ""))) / "generation_config.json"
-    if path.is_file():
-        raw = read_json(path)
-        try:
-            sources.append(end_token_ids(raw))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-    ends: set[int] = set()
-    for source in sources:
-        if source is not None:
-            ends.update([source] if isinstance(source, int) else source)
-    return ends

@@ -7,14 +7,19 @@ models.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rmr1 import _C
 from rmr1.engine.kv_cache import PagedCache
-from rmr1.engine.model import CausalLM, DecoderLayer
+from rmr1.engine.model import CausalLM, Decoder, DecoderLayer, Mlp, RMSNorm, SelfAttention
 from rmr1.engine.scheduler import Step
 from rmr1.kernels.dispatch import choose
 from rmr1.kernels.rope import inverse_frequencies, rope_tables
+
+_PLAIN = {
+    *(CausalLM, Decoder, DecoderLayer, Mlp, RMSNorm, SelfAttention),
+    *(nn.Embedding, nn.Linear, nn.ModuleList),
+}
 
 
 class NativeStep:
@@ -23,10 +28,11 @@ class NativeStep:
     @staticmethod
     def suits(model: CausalLM) -> bool:
         """Whether this can compute the model: a plain one, fp32, CPU, no other kernels forced."""
-        weights = list(model.parameters())
+        weights, modules = list(model.parameters()), list(model.modules())
         return (
-            type(model) is CausalLM
-            and "forward" not in vars(model)
+            # Subclasses (LoRA), own forwards and hooks compute something else.
+            all(type(module) in _PLAIN and "forward" not in vars(module) for module in modules)
+            and not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
             and all(w.device.type == "cpu" and w.dtype == torch.float32 for w in weights)
             and all(w.is_contiguous() for w in weights)
             and choose("decoder", weights[0], native=True) == "native"

@@ -29,13 +29,21 @@ class Finished:
 class Piece:
     """New text of a sample; the pieces of a sample joined are its `Rollout.text`.
 
-    `rollout` comes with the last one.
+    `rollout` comes with the last one. `anew`: the weights have changed and the sample begins anew,
+    so what came before this piece is void.
     """
 
     prompt: int
     sample: int
     text: str
     rollout: Rollout | None
+    anew: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    stream: TextStream
+    restarts: int
 
 
 class RolloutStream:
@@ -50,6 +58,7 @@ class RolloutStream:
         self._running: dict[Sequence, None] = {}
         self._prompts: list[list[Sequence]] = []
         self._done: deque[Finished] = deque()
+        self._failure: BaseException | None = None
 
     @property
     def unfinished(self) -> int:
@@ -63,9 +72,7 @@ class RolloutStream:
             ValueError: as `Generator.generate`; nothing else in the batch is touched.
         """
         number = len(self._prompts)
-        sequences = self._generator._enqueue(self, prompt, params, number)
-        self._prompts.append(sequences)
-        self._running.update(dict.fromkeys(sequences))
+        self._take(self._generator._add(self, prompt, params, number))
         return number
 
     def cancel(self, prompt: int, sample: int | None = None) -> None:
@@ -97,6 +104,7 @@ class RolloutStream:
     def __next__(self) -> Finished:
         while not self._done:
             if not self._running:
+                self._check_failure()
                 raise StopIteration
             self._generator._step()
         return self._done.popleft()
@@ -107,30 +115,49 @@ class RolloutStream:
         Whole characters only, and nothing that a stop string might yet take back. Unlike iteration
         over whole samples this costs some Python for every token.
         """
-        texts: dict[Sequence, TextStream] = {}
+        texts: dict[Sequence, _Text] = {}
         while self._running or self._done:
             if self._running and not self._done:
                 self._generator._step()
-            for sequence in self._running:
-                drawn = self._generator._drawn(sequence)
-                stream = texts.get(sequence)
-                if stream is None or len(drawn) < stream.tokens:  # new weights: it began anew
-                    stops = sequence.request.stops
-                    stream = texts[sequence] = TextStream(self._generator.tokenizer, stops)
-                text = stream.read(drawn)
-                if text:
-                    yield Piece(sequence.request.index, sequence.sample, text, None)
+            for sequence in list(self._running):  # whoever takes a piece may add and cancel
+                if sequence not in self._running:
+                    continue
+                text, anew = self._text_of(sequence, texts)
+                new = text.stream.read(self._generator._drawn(sequence))
+                if new or anew:
+                    yield Piece(sequence.request.index, sequence.sample, new, None, anew)
             while self._done:
                 done = self._done.popleft()
                 sequence = self._prompts[done.prompt][done.sample]
-                shown = texts.pop(sequence).shown if sequence in texts else 0
-                text = done.rollout.text[shown:]
-                yield Piece(done.prompt, done.sample, text, done.rollout)
+                text, anew = self._text_of(sequence, texts)
+                rest = done.rollout.text[text.stream.shown :]
+                yield Piece(done.prompt, done.sample, rest, done.rollout, anew)
+        self._check_failure()
+
+    def _text_of(self, sequence: Sequence, texts: dict[Sequence, _Text]) -> tuple[_Text, bool]:
+        """The text of a sample so far, and whether it has just begun anew."""
+        text = texts.get(sequence)
+        if text is not None and text.restarts == sequence.restarts:
+            return text, False
+        stream = TextStream(self._generator.tokenizer, sequence.request.stops)
+        texts[sequence] = _Text(stream, sequence.restarts)
+        return texts[sequence], text is not None
+
+    def _take(self, sequences: list[Sequence]) -> None:
+        self._prompts.append(sequences)
+        self._running.update(dict.fromkeys(sequences))
 
     def _finish(self, sequence: Sequence, rollout: Rollout) -> None:
         if sequence in self._running:
             del self._running[sequence]
             self._done.append(Finished(sequence.request.index, sequence.sample, rollout))
 
-    def _abort(self) -> None:
+    def _abort(self, error: BaseException) -> None:
         self._running.clear()
+        self._failure = error
+
+    def _check_failure(self) -> None:
+        if self._failure is not None:
+            raise RuntimeError(
+                "these samples were dropped: a step of the generator failed, see the cause above"
+            ) from self._failure

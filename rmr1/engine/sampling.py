@@ -10,7 +10,6 @@ the seed every step. The draw itself is the op `rmr1/kernels/sample.py`.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,10 +49,13 @@ class SamplingParams:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise ValueError(f"{name} must be a number, got {value!r}")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature must be 0 or more, got {self.temperature!r}")
-        if not 0 < self.top_p <= 1:
+        # The draw is in fp32, where what is too small would be 0 and what is too large infinite.
+        if self.temperature != 0 and not 1e-30 <= self.temperature <= 1e30:
+            raise ValueError(f"temperature must be 0, or 1e-30 to 1e30, got {self.temperature!r}")
+        if not 1e-30 <= self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p!r}")
+        if self.top_k >= 1 << 31:
+            raise ValueError(f"top_k must be below 2^31, got {self.top_k!r}")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p must be between 0 and 1, got {self.min_p!r}")
         for name in ("stop", "stop_token_ids"):

@@ -55,7 +55,8 @@ class Scheduler:
     @property
     def unfinished(self) -> bool:
         """Whether anything waits or runs."""
-        return bool(self._waiting or self._prefilling or len(self._decoding))
+        waiting = any(not one.cancelled for _, one in self._waiting)
+        return waiting or bool(self._prefilling) or len(self._decoding) > 0
 
     @property
     def running(self) -> list[Sequence]:
@@ -87,10 +88,9 @@ class Scheduler:
         """Compute everything anew, from the prompts: nothing in the cache is valid any more."""
         for sequence in self.running:
             self.finish(sequence.row)
-            sequence.tokens, sequence.logprobs = sequence.tokens[:0], sequence.logprobs[:, :0]
             self.add([sequence])
-        for _, sequence in self._waiting:  # those that had been put back
-            sequence.tokens, sequence.logprobs = sequence.tokens[:0], sequence.logprobs[:, :0]
+        for _, sequence in self._waiting:
+            sequence.restart()
         self.pool.forget()
 
     # --- Planning a step -------------------------------------------------------------------------

@@ -22,8 +22,8 @@ Array = np.ndarray
 class Request:
     """A prompt to be continued `params.n` times.
 
-    `index` is the prompt's place in its call: the noise depends on it. `flags` [V] says of each
-    token whether it ends a sample (1) and whether a stop string may be complete with it (2).
+    `index` is the prompt's place in its call: the noise depends on it. `flags` [V] and
+    `stops` say what ends a sample, see `endings.py`.
     """
 
     tokens: Array  # [P] int64
@@ -51,6 +51,15 @@ class Sequence:
     # What it had drawn when it lost its row.
     tokens: Array = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     logprobs: Array = field(default_factory=lambda: np.empty((2, 0), dtype=np.float32))
+
+    # How often it has lost what it had drawn, to new weights.
+    restarts: int = 0
+
+    def restart(self) -> None:
+        """Forget what was drawn."""
+        if len(self.tokens):
+            self.tokens, self.logprobs = self.tokens[:0], self.logprobs[:, :0]
+            self.restarts += 1
 
     def digests(self, block_size: int) -> list[bytes]:
         """Of the full blocks of a sequence without a row, prompt and drawn tokens."""

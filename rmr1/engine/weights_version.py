@@ -1,8 +1,9 @@
 """Which weights a generator computes with: whatever it has cached is valid for these alone.
 
 Whoever writes to a parameter in a way that torch notices is found by the parameters' version
-counters. DeepSpeed and others write through `.data`, past the counters; so before anything cached
-in an earlier call is used again, the contents themselves are compared, by a checksum a tensor.
+counters, at every step. DeepSpeed and others write through `.data`, past the counters; so at the
+beginning of every call the contents themselves are compared, by a checksum of every tensor: once
+through the weights, about what a step of decoding reads.
 """
 
 from __future__ import annotations
@@ -12,14 +13,23 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-# What a tensor's bytes are summed as, by their size.
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+from rmr1 import _C
+
+# Words of a GPU's tensor that are summed at a time: what the products take, 512 MB.
+_PIECE = 1 << 26
 
 
 def checksum(tensor: Tensor) -> int:
-    """The sum of a tensor's bits, read as integers, modulo 2^64: equal for equal contents."""
-    bits = tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()])
-    return int(bits.sum(dtype=torch.int64))
+    """64 bits that another content, or the same words in other places, would change."""
+    raw = tensor.detach().contiguous().flatten().view(torch.uint8)
+    if raw.device.type == "cpu":
+        return _C.checksum(raw, torch.get_num_threads())
+    whole = raw[: raw.numel() // 4 * 4].view(torch.int32)
+    total = 0
+    for first in range(0, whole.numel(), _PIECE):
+        words = whole[first : first + _PIECE].long()
+        total += int((words * (2 * torch.arange(len(words), device=raw.device) + 1)).sum())
+    return total + int(raw[whole.numel() * 4 :].sum())
 
 
 class WeightsVersion:
@@ -29,7 +39,7 @@ class WeightsVersion:
         self._model = model
         self.number = 0
         self._marks = self._read_marks()
-        self._sums: list[int] | None = None
+        self._sums: list[int] | None = None  # read when they are first asked for
 
     def _read_marks(self) -> list[tuple[int, int]]:
         # Inference tensors have no counter; the checksum finds their changes.
@@ -39,30 +49,25 @@ class WeightsVersion:
 
     def touched(self) -> bool:
         """Whether torch knows of a write, or of other memory; then the number is a new one."""
-        marks = self._read_marks()
-        if marks == self._marks:
+        if self._read_marks() == self._marks:
             return False
-        self._marks, self._sums = marks, None
-        self.number += 1
+        self.bump()
         return True
 
-    def remember(self) -> None:
-        """Take the checksums of now, for `changed` to compare with."""
-        self._sums = self._read_sums()
-
     def changed(self) -> bool:
-        """Whether the weights differ from those at `remember`, however they were written."""
+        """Whether the weights differ from those of the last look, however they were written."""
         if self.touched():
             return True
-        if self._sums == self._read_sums():
+        sums, before = self._read_sums(), self._sums
+        self._sums = sums
+        if before is None or sums == before:
             return False
-        self._sums = None
         self.number += 1
         return True
 
     def bump(self) -> None:
         """The weights have changed: the caller says so."""
-        self._marks, self._sums = self._read_marks(), None
+        self._marks, self._sums = self._read_marks(), self._read_sums()
         self.number += 1
 
     def _read_sums(self) -> list[int]:
@@ -72,29 +77,27 @@ class WeightsVersion:
 @torch.no_grad()
 def copy_weights(
     model: nn.Module, source: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
-) -> int:
+) -> None:
     """Copy whole tensors into a model's parameters, one at a time, and verify each by checksum.
 
-    `source` may be a generator that gathers a sharded tensor when it is asked for the next one.
-
-    Returns:
-        The number of tensors copied.
+    `source` may be a generator that gathers a sharded tensor when it is asked for the next one. A
+    mapping is checked before anything is copied; what such a generator lacks is seen at its end.
 
     Raises:
         ValueError: names that the model lacks or the source does, other shapes, or a copy that does
             not hold what the source held.
     """
     targets = dict(model.named_parameters())
-    missing = set(targets)
-    for name, tensor in source.items() if isinstance(source, Mapping) else source:
-        target = targets.get(name)
-        if target is None and name == "lm_head.weight":
-            continue  # Hugging Face lists a tied head under both of its names
-        if target is None or target.shape != tensor.shape:
-            wanted = "no such parameter" if target is None else list(target.shape)
-            raise ValueError(f"sync: {name} is {list(tensor.shape)} and the generator's {wanted}.")
-        missing.discard(name)
-        if target.data_ptr() == tensor.data_ptr():
+    if isinstance(source, Mapping):
+        for name, tensor in source.items():
+            _target(targets, name, tensor)
+        _check_complete(targets, source)
+        source = source.items()
+    copied = set()
+    for name, tensor in source:
+        copied.add(name)
+        target = _target(targets, name, tensor)
+        if target is None or _same_memory(target, tensor):
             continue
         target.copy_(tensor)
         if checksum(target) != checksum(tensor.to(target.device, target.dtype)):
@@ -102,7 +105,25 @@ def copy_weights(
                 f"sync: {name} differs from its source after the copy; something writes to the"
                 " weights while they are being copied."
             )
+    _check_complete(targets, copied)
+
+
+def _target(targets: dict[str, nn.Parameter], name: str, tensor: Tensor) -> nn.Parameter | None:
+    target = targets.get(name)
+    if target is None and name == "lm_head.weight":
+        return None  # Hugging Face lists a tied head under both of its names
+    if target is None or target.shape != tensor.shape:
+        wanted = "has no such parameter" if target is None else f"needs {list(target.shape)}"
+        raise ValueError(f"sync: {name} is {list(tensor.shape)}, and the model {wanted}.")
+    return target
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return (a.data_ptr(), a.stride(), a.dtype) == (b.data_ptr(), b.stride(), b.dtype)
+
+
+def _check_complete(targets: dict[str, nn.Parameter], names: Iterable[str]) -> None:
+    missing = sorted(set(targets) - set(names))
     if missing:
-        some = ", ".join(sorted(missing)[:4])
+        some = ", ".join(missing[:4])
         raise ValueError(f"sync: the source lacks {len(missing)} parameters, among them {some}.")
-    return len(targets)

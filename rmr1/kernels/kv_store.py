@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 import mmap
 
-import numpy as np
 import torch
 from torch import Tensor
 

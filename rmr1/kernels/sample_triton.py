@@ -1,7 +1,7 @@
 """Sampling on a GPU, in Triton: a row a program, in passes over a row that the L2 cache holds.
 
 One pass for the maximum, one for the sum, one for the draw. A filter looks for its threshold by
-bisection, a pass a step, and no row pays for a filter that it has off: some 20 passes with logits
+bisection, a pass a step, and no row pays for a filter that it has off: 10 to 20 passes with logits
 in fp32, about 10 in 16 bits, which take fewer values. Masses are summed in fp32, lane by lane and
 then as a tree, so the nucleus may end a token sooner or later where its mass meets top_p within
 about 1e-6.
