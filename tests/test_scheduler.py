@@ -448,13 +448,7 @@ def test_the_first_sample_may_be_cancelled_before_the_others_begin() -> None:
     engine.assert_idle()
 
 
-@pytest.mark.parametrize(
-    "rows",
-    [
-        2,
-        pytest.param(1, marks=pytest.mark.xfail(strict=True, reason="no row free, none looked")),
-    ],
-)
+@pytest.mark.parametrize("rows", [1, 2])
 def test_who_is_cancelled_in_the_queue_leaves_nothing(rows: int) -> None:
     engine = Engine(rows=rows, budget=8)
     first, second, third = (engine.add(tokens(8, seed), new=1)[0] for seed in range(3))

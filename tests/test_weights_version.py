@@ -132,11 +132,7 @@ WAYS: list[Any] = [
     (through_data, "native"),
     (through_data, "torch"),
     (in_one_place, "native"),
-    pytest.param(
-        by_rows_swapped,
-        "native",
-        marks=pytest.mark.xfail(strict=True, reason="the checksum is the same for any order"),
-    ),
+    (by_rows_swapped, "native"),
     (by_other_memory, "native"),
     (by_loading, "native"),
     (by_assigning, "native"),
@@ -166,14 +162,12 @@ def test_every_weight_counts() -> None:
     """The least change of any tensor, past torch's counters."""
     model = make_model(0)
     version = WeightsVersion(model)
-    version.remember()
     assert not version.changed()
     for number, (name, parameter) in enumerate(model.named_parameters(), start=1):
         flat = parameter.data.view(-1)
         flat[-1] = torch.nextafter(flat[-1], torch.tensor(torch.inf))
         assert version.changed(), name
         assert version.number == number
-        version.remember()
         assert not version.changed()
 
 
@@ -190,7 +184,6 @@ def test_checksum(dtype: torch.dtype) -> None:
     assert checksum(torch.full((3,), torch.nan)) == checksum(torch.full((3,), torch.nan))
 
 
-@pytest.mark.xfail(strict=True, reason="a sum is the same for any order")
 def test_checksum_of_another_order() -> None:
     tensor = torch.arange(6.0)
     assert checksum(tensor.flip(0)) != checksum(tensor)
@@ -264,7 +257,6 @@ def test_sync_with_nothing_new_drops_the_cache_all_the_same() -> None:
     assert computed[0] == 40
 
 
-@pytest.mark.xfail(strict=True, reason="sums are taken when a call ends by itself")
 def test_a_closed_stream_is_no_change() -> None:
     model = make_model(0)
     computed = counting(model)
@@ -287,7 +279,6 @@ def swap_data(model: CausalLM, seed: int) -> None:
         parameter.data.copy_(other.data)
 
 
-@pytest.mark.xfail(strict=True, reason="sums of the end are taken for those of the beginning")
 def test_a_write_in_the_middle_of_a_call_spoils_no_later_one() -> None:
     model = make_model(0)
     generator = Generator(model, Numbers())
@@ -298,7 +289,6 @@ def test_a_write_in_the_middle_of_a_call_spoils_no_later_one() -> None:
     assert same(generator.generate(PROMPTS, PARAMS), fresh(model))
 
 
-@pytest.mark.xfail(strict=True, reason="sums are compared only while no stream is open")
 def test_a_write_while_a_stream_is_left_open() -> None:
     model = make_model(0)
     generator = Generator(model, Numbers())
@@ -309,7 +299,6 @@ def test_a_write_while_a_stream_is_left_open() -> None:
     stream.close()
 
 
-@pytest.mark.xfail(strict=True, reason="old sums outlive a cache that was empty")
 def test_weights_that_come_back() -> None:
     """As when an average or a reference is swapped in, and out again."""
     model = make_model(0)
@@ -332,7 +321,6 @@ def test_weights_that_come_back_after_whole_calls() -> None:
     assert generator.weights_version == 4
 
 
-@pytest.mark.xfail(strict=True, reason="with nothing cached nobody compares")
 def test_short_prompts_bear_the_version_too() -> None:
     model = make_model(0)
     generator = Generator(model, Numbers())
@@ -412,18 +400,25 @@ def test_each_step_may_bring_new_weights() -> None:
     assert {rollout.weights_version for rollout in found.values()} == {generator.weights_version}
 
 
-@pytest.mark.xfail(strict=True, reason="text of old weights was shown, and is not taken back")
-@pytest.mark.parametrize("after", [1, 4])
-def test_pieces_begin_anew_too(after: int) -> None:
+@pytest.mark.parametrize("changes", [(1,), (4,), (1, 2), (2, 5)])
+def test_pieces_begin_anew_too(changes: tuple[int, ...]) -> None:
     model = make_model(0)
-    stream = Generator(model, Numbers()).stream(PROMPTS[:1], PARAMS)
-    text = ""
+    stream = Generator(model, Numbers()).stream(PROMPTS[:2], PARAMS)
+    texts, restarts, last = ["", ""], [0, 0], [0, 0]
     for number, piece in enumerate(stream.pieces(), start=1):
-        text += piece.text
-        if number == after:
+        if piece.anew:
+            texts[piece.prompt] = ""
+            restarts[piece.prompt] += 1
+        texts[piece.prompt] += piece.text
+        if number in changes:
             in_place(model)
+            model.model.norm.weight.data.mul_(1.1)
         if piece.rollout is not None:
-            assert text == piece.rollout.text
+            last[piece.prompt] = piece.rollout.weights_version
+            assert texts[piece.prompt] == piece.rollout.text
+    assert texts == [rollout.text for [rollout] in fresh(model)[:2]]
+    assert last == [len(changes)] * 2
+    assert max(restarts) == len(changes)
 
 
 # --- Sync ----------------------------------------------------------------------------------------
@@ -503,11 +498,11 @@ BAD: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda state: state.update({"model.new": torch.zeros(2)}), r"model.new is \[2\].* no such"),
     (
         lambda state: state.update({"model.norm.weight": torch.zeros(47)}),
-        r"model.norm.weight is \[47\] and the generator's \[48\]",
+        r"model.norm.weight is \[47\], .*\[48\]",
     ),
     (
         lambda state: state.update({"model.norm.weight": torch.zeros(48, 1)}),
-        r"model.norm.weight is \[48, 1\] and the generator's \[48\]",
+        r"model.norm.weight is \[48, 1\], .*\[48\]",
     ),
 ]
 
@@ -525,7 +520,6 @@ def test_a_bad_source(spoil: Callable[[dict[str, Any]], object], message: str) -
     assert same(generator.generate(PROMPTS, PARAMS), fresh(generator.model))
 
 
-@pytest.mark.xfail(strict=True, reason="names are compared while tensors are copied")
 @pytest.mark.parametrize(("spoil", "message"), [BAD[0], *BAD[2:]])
 def test_a_bad_source_changes_nothing(
     spoil: Callable[[dict[str, Any]], object], message: str
@@ -549,7 +543,7 @@ class Moving(Tensor):
 
 def test_a_copy_is_verified() -> None:
     model, state = make_model(0), dict(make_model(1).state_dict())
-    assert copy_weights(model, state) == 21
+    copy_weights(model, state)
     name = "model.layers.1.self_attn.k_proj.weight"
     state[name] = state[name].clone().as_subclass(Moving)
     with pytest.raises(ValueError, match=f"sync: {name} differs from its source after the copy"):
@@ -563,9 +557,7 @@ def test_own_memory_is_not_copied() -> None:
     assert [parameter._version for parameter in model.parameters()] == counters
 
 
-@pytest.mark.xfail(strict=True, reason="the same first address is taken for the same tensor")
-def test_another_view_of_the_same_memory_is_copied() -> None:
+def test_another_view_of_the_same_memory_is_not_taken_for_the_same() -> None:
     model = nn.Linear(4, 4, bias=False)
-    wanted = model.weight.detach().t().clone()
-    copy_weights(model, {"weight": model.weight.detach().t()})
-    assert torch.equal(model.weight, wanted)
+    with pytest.raises(RuntimeError, match="refer to a single memory location"):
+        copy_weights(model, {"weight": model.weight.detach().t()})
