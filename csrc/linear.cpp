@@ -14,18 +14,17 @@ namespace rmr1::RMR1_ISA {
 constexpr std::int64_t tile = 2 * lanes;   // rows of x; a last tile of up to `lanes` rows is half
 constexpr std::int64_t line = 16;          // floats of a cache line
 constexpr std::int64_t strip = 48;         // outputs that one task makes
-constexpr std::int64_t depth = 576;        // inputs at a time: a tile of x then stays in L1 or L2
+// Inputs that are summed at a time: a tile of them stays in L1, and a sum of sums rounds less.
+constexpr std::int64_t depth = 192;
 // Outputs of one inner loop: as many accumulators as registers hold.
 constexpr int wide = RMR1_LANES == 16 ? 12 : 6, narrow = 2 * wide;
 
-// Adds to c[r][v] the products of R rows of w with a tile of x that is V vectors wide.
+// Adds to c[r][v] the products of R rows of w with a tile of x that is V vectors wide; the `first`
+// time c holds nothing.
 template <int V, int R>
 RMR1_INLINE void multiply(const float* x, const float* w, std::int64_t w_stride,
                           std::int64_t inputs, float* c, bool first) {
-    vf sums[R][V];
-    for (int r = 0; r < R; ++r) {
-        for (int v = 0; v < V; ++v) sums[r][v] = first ? vf{} : load(c + r * tile + v * lanes);
-    }
+    vf sums[R][V] = {};
     for (std::int64_t k0 = 0; k0 < inputs; k0 += line) {
         // The weights come from memory: ask for the next rows while these are multiplied.
         for (int r = 0; r < R; ++r) __builtin_prefetch(w + (R + r) * w_stride + k0);
@@ -44,7 +43,10 @@ RMR1_INLINE void multiply(const float* x, const float* w, std::int64_t w_stride,
         }
     }
     for (int r = 0; r < R; ++r) {
-        for (int v = 0; v < V; ++v) store(c + r * tile + v * lanes, sums[r][v]);
+        for (int v = 0; v < V; ++v) {
+            float* to = c + r * tile + v * lanes;
+            store(to, first ? sums[r][v] : load(to) + sums[r][v]);
+        }
     }
 }
 
