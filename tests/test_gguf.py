@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -298,3 +299,28 @@ def test_the_real_smollm2_generates_what_transformers_generates() -> None:
         )
         assert rollout.token_ids == expected[0, len(prompt) :].tolist()
         assert len(rollout.token_ids) > 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"kv_memory_gb": 0.045, "max_batch_tokens": 48}], ids=str)
+def test_the_real_smollm2s_rollouts_have_the_trainers_logprobs(options: dict[str, Any]) -> None:
+    """Shared prompts, pieces of prompts, preemption: what the trainer scores is what was drawn."""
+    from rmr1.engine.generator import Generator, SamplingParams
+    from rmr1.logprobs import sequence_logprobs
+    from rmr1.prompts import encode, render
+    from rmr1.tasks.catalog import draw_pairs
+
+    directory = import_smollm2(default_cache())
+    tokenizer, model = AutoTokenizer.from_pretrained(directory), load_model(directory)
+    pairs = draw_pairs(5, seed=1, split="heldout")
+    prompts = [encode(tokenizer, render(pair, "rubric")) for pair in pairs]
+    params = SamplingParams(n=4, max_new_tokens=64, top_p=0.95, seed=3)
+    generator = Generator(model, tokenizer, **options)
+    outputs = generator.generate(prompts, params)
+    assert generator._generation is not None
+    assert bool(generator._generation.scheduler.preemptions) == bool(options)
+    for prompt, group in zip(prompts, outputs, strict=True):
+        rows = [prompt + rollout.token_ids for rollout in group]
+        for rollout, scored in zip(group, sequence_logprobs(model, rows), strict=True):
+            expected = torch.tensor(scored[len(prompt) - 1 :])
+            assert (torch.tensor(rollout.logprobs) - expected).abs().max() < 1e-4
