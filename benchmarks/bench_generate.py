@@ -47,6 +47,7 @@ from rmr1.engine.weights import read_config
 from rmr1.models import load_tokenizer, resolve_model
 
 PEERS = Path(__file__).with_name("generate_peers.py")
+PROVIDERS = ("transformers", "transformers-paged", "vllm", "llama.cpp", "rmr1")
 NAMES = {"transformers": "transformers generate", "transformers-paged": "transformers paged"}
 # Where not all providers run: transformers shares no prompts and takes minutes beyond this.
 MOST_UNSHARED = 16_384  # tokens in all
@@ -71,7 +72,8 @@ def providers(options: argparse.Namespace, shape: Shape, everyone: bool) -> dict
             found["vllm"] = options.vllm_python
         if options.llama_python and options.device == "cpu":
             found["llama.cpp"] = options.llama_python
-    return found | {"rmr1": sys.executable}
+    found |= {"rmr1": sys.executable}
+    return {name: path for name, path in found.items() if name in options.providers}
 
 
 def call(python: str, job: dict[str, Any]) -> dict[str, Any]:
@@ -279,6 +281,10 @@ def main() -> int:
         "--workloads", nargs="+", default=list(WORKLOADS), metavar="NAME",
         help=f"of {', '.join(WORKLOADS)}, or a shape such as 4x512x8x128 (default: all names)",
     )  # fmt: skip
+    parser.add_argument(
+        "--providers", nargs="+", default=list(PROVIDERS), choices=PROVIDERS,
+        help="which of them (default: all that are there); rmr1 always",
+    )  # fmt: skip
     parser.add_argument("--data", type=Path, help="RM-Bench's files (default: the embedded tasks)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     for name, variable, what in (
@@ -289,6 +295,7 @@ def main() -> int:
         default = os.environ.get(variable)
         parser.add_argument(f"--{name}", default=default, help=f"{what} (default: ${variable})")
     options = parser.parse_args()
+    options.providers = [*options.providers, "rmr1"]
     options.samples = options.samples or (3 if options.quick else options.full_samples)
     options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
     if told := complaint(options):
