@@ -142,7 +142,9 @@ def test_prompts_have_their_length_and_are_used_once(workloads: ModuleType) -> N
 def test_who_runs_what(script: ModuleType) -> None:
     import argparse
 
-    options = argparse.Namespace(quick=False, device="cpu", vllm_python="v", llama_python=None)
+    options = argparse.Namespace(
+        quick=False, device="cpu", vllm_python="v", llama_python=None, providers=script.PROVIDERS
+    )
     headline = script.Shape(4, 512, 8, 128)
     assert list(script.providers(options, headline, True)) == [
         "transformers", "transformers-paged", "vllm", "rmr1",
@@ -154,6 +156,8 @@ def test_who_runs_what(script: ModuleType) -> None:
     assert script.providers(options, headline, True)["llama.cpp"] == "l"
     options.quick = True
     assert list(script.providers(options, headline, True)) == ["transformers", "rmr1"]
+    options.quick, options.providers = False, ["vllm", "rmr1"]
+    assert list(script.providers(options, headline, True)) == ["vllm", "rmr1"]
 
 
 # --- Rows ----------------------------------------------------------------------------------------

@@ -398,7 +398,6 @@ def test_every_stream_learns_of_an_error(model: CausalLM, tokenizer: Any) -> Non
         list(other.pieces())
 
 
-@pytest.mark.xfail(strict=True, reason="a failure is told again at every end")
 def test_a_stream_may_go_on_after_an_error(model: CausalLM, tokenizer: Any) -> None:
     generator = Generator(failing(model, 1, RuntimeError("boom")), tokenizer)
     stream = generator.stream(PROMPTS[:1], greedy())
@@ -585,7 +584,6 @@ def byte_fallback() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
 
 
-@pytest.mark.xfail(strict=True, reason="a run of bytes is decoded from within a character")
 @pytest.mark.parametrize("stop", [(), ("🙂",), ("字🙂",)])
 def test_pieces_of_a_byte_fallback(stop: tuple[str, ...]) -> None:
     tokenizer, text = byte_fallback(), "漢字漢字漢字漢字🙂aa"
@@ -598,7 +596,8 @@ def test_pieces_of_a_byte_fallback(stop: tuple[str, ...]) -> None:
     assert pieces[-1].rollout.text == shown
     assert pieces[-1].rollout.finish_reason == ("stop" if stop else "length")
     assert len(pieces[-1].rollout.token_ids) == (28 if stop else 30)
-    assert max(len(piece.text) for piece in pieces) == 1
+    # With "字🙂" every 字 is held back until the next character.
+    assert max(len(piece.text) for piece in pieces) == (2 if "字🙂" in stop else 1)
 
 
 def pieces_by_chance(model: CausalLM, tokenizer: Any, seed: int) -> list[int]:

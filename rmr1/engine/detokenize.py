@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,6 +53,9 @@ class StopStrings:
     def find(self, token_ids: Sequence[int]) -> int | None:
         """Where in `decode(tokenizer, token_ids)` the first stop string begins, if one does."""
         tail = decode(self._tokenizer, token_ids[-self._tail :])
+        if tail.startswith("\ufffd"):
+            # Cut inside a character: some decoders then give up a whole run of bytes.
+            tail = decode(self._tokenizer, token_ids)
         if not any(text in tail for text in self._stop):
             return None
         return self.find_in(decode(self._tokenizer, token_ids))
@@ -82,7 +86,7 @@ class TextStream:
     def __init__(self, tokenizer: Any, stops: StopStrings | None) -> None:
         self._tokenizer, self._stops = tokenizer, stops
         self.tokens = 0  # those whose text is in `_text`
-        self._first = 0  # of them, those before this one are never decoded again
+        self._whole = deque([0])  # counts of tokens with whole characters; the first ones are read
         self._text = ""
         self.shown = 0  # characters that `read` has returned
 
@@ -90,13 +94,16 @@ class TextStream:
         """The new text of the sequence, which begins as it did in the last call."""
         if len(token_ids) > self.tokens:
             # A few tokens before the new ones too: a decoder treats the very first token apart.
-            before = decode(self._tokenizer, token_ids[self._first : self.tokens])
-            after = decode(self._tokenizer, token_ids[self._first :])
+            first = self._whole[0]
+            before = decode(self._tokenizer, token_ids[first : self.tokens])
+            after = decode(self._tokenizer, token_ids[first:])
             if after.endswith("\ufffd") or len(after) < len(before):
                 return ""  # in the middle of a character
             self._text += after[len(before) :]
-            self._first = max(self._first, self.tokens - _CONTEXT)
             self.tokens = len(token_ids)
+            self._whole.append(self.tokens)
+            while self._whole[1] <= self.tokens - _CONTEXT:
+                self._whole.popleft()
         safe = len(self._text)
         if self._stops is not None:
             safe -= self._stops.held_back(self._text)

@@ -157,7 +157,8 @@ class RolloutStream:
         self._failure = error
 
     def _check_failure(self) -> None:
-        if self._failure is not None:
+        failure, self._failure = self._failure, None
+        if failure is not None:
             raise RuntimeError(
                 "these samples were dropped: a step of the generator failed, see the cause above"
-            ) from self._failure
+            ) from failure
