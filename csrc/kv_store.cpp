@@ -22,7 +22,7 @@ void kv_store(const KvCache& cache, const float* key, std::int64_t key_stride, c
             for (std::int64_t d = 0; d < width; ++d) values[d] = v[d];
         }
     };
-    parallel_for(tokens, 16384 / (heads * width + 1) + 1, threads,
+    parallel_for(tokens, 2048 / (heads * width + 1) + 1, threads,
                  [&](std::int64_t begin, std::int64_t end) {
                      for (std::int64_t token = begin; token < end; ++token) store_token(token);
                  });

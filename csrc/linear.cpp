@@ -62,6 +62,32 @@ static void multiply_strip(const float* x, const float* w, std::int64_t w_stride
     }
 }
 
+// Rows m .. m + rows of y from sums that stand in columns.
+RMR1_INLINE void store_rows(const Projection& p, const float* c, std::int64_t m, std::int64_t rows,
+                            std::int64_t n0, std::int64_t outputs) {
+    float* y = p.y + m * p.stride + n0;
+    const float* bias = p.bias ? p.bias + n0 : nullptr;
+    std::int64_t n = 0;
+    for (; n + lanes <= outputs; n += lanes) {
+        vf square[lanes];
+        for (int i = 0; i < lanes; ++i) square[i] = load(c + (n + i) * tile);
+        transpose(square);
+        for (std::int64_t r = 0; r < rows; ++r) {
+            vf sum = square[r];
+            if (bias) sum += load(bias + n);
+            float* to = y + r * p.stride + n;
+            store(to, p.add ? load(to) + sum : sum);
+        }
+    }
+    for (; n < outputs; ++n) {
+        for (std::int64_t r = 0; r < rows; ++r) {
+            const float sum = bias ? c[n * tile + r] + bias[n] : c[n * tile + r];
+            float* to = y + r * p.stride + n;
+            *to = p.add ? *to + sum : sum;
+        }
+    }
+}
+
 // Outputs n0 .. n0 + outputs of one projection, for up to `group` tiles of rows at a time.
 static void linear_strip(const float* packed, std::int64_t rows, std::int64_t inputs,
                          const Projection& p, std::int64_t n0, std::int64_t outputs) {
@@ -82,14 +108,9 @@ static void linear_strip(const float* packed, std::int64_t rows, std::int64_t in
                 }
             }
         }
-        for (std::int64_t m = m0; m < m1; ++m) {
+        for (std::int64_t m = m0; m < m1; m += lanes) {
             const float* c = sums + (m - m0) / tile * tile * strip + (m - m0) % tile;
-            float* y = p.y + m * p.stride + n0;
-            for (std::int64_t n = 0; n < outputs; ++n) {
-                float sum = c[n * tile];
-                if (p.bias) sum += p.bias[n0 + n];
-                y[n] = p.add ? y[n] + sum : sum;
-            }
+            store_rows(p, c, m, m1 - m < lanes ? m1 - m : lanes, n0, outputs);
         }
     }
 }
@@ -102,9 +123,22 @@ static void pack_columns(const float* x, std::int64_t stride, std::int64_t rows,
         const std::int64_t left = rows - m < tile ? rows - m : tile;
         const std::int64_t width = left > lanes ? tile : lanes;
         float* to = packed + m * inputs;
-        for (std::int64_t k = begin; k < end; ++k) {
-            for (std::int64_t r = 0; r < left; ++r) to[k * width + r] = x[(m + r) * stride + k];
-            for (std::int64_t r = left; r < width; ++r) to[k * width + r] = 0;
+        for (std::int64_t first = 0; first < width; first += lanes) {
+            std::int64_t k = begin;
+            for (; k + lanes <= end; k += lanes) {
+                vf square[lanes];
+                for (int r = 0; r < lanes; ++r) {
+                    const bool there = first + r < left;
+                    square[r] = there ? load(x + (m + first + r) * stride + k) : vf{};
+                }
+                transpose(square);
+                for (int i = 0; i < lanes; ++i) store(to + (k + i) * width + first, square[i]);
+            }
+            for (; k < end; ++k) {
+                for (std::int64_t r = first; r < first + lanes; ++r) {
+                    to[k * width + r] = r < left ? x[(m + r) * stride + k] : 0;
+                }
+            }
         }
     }
 }

@@ -26,11 +26,13 @@ struct Piece {
     std::int64_t count;
 };
 
+// `ahead`: keys that are wanted next, which no processor can foresee, or null.
 template <int R>
 RMR1_INLINE void scores(const float* q, std::int64_t width, const float* keys, std::int64_t stride,
-                        float* to) {
+                        const float* ahead, float* to) {
     vf sums[R][vectors] = {};
     for (std::int64_t d = 0; d < width; ++d) {
+        if (ahead) __builtin_prefetch(ahead + d * stride);
         vf k[vectors];
         for (int v = 0; v < vectors; ++v) k[v] = load(keys + d * stride + v * lanes);
 #pragma GCC unroll 12
@@ -44,10 +46,10 @@ RMR1_INLINE void scores(const float* q, std::int64_t width, const float* keys, s
     }
 }
 
-// out[r][d .. d + V lanes] += weights[r] . values, over all pieces of a tile.
+// out[r][d .. d + V lanes] += weights[r] . values, over all pieces of a tile; `ahead` as above.
 template <int R, int V>
-RMR1_INLINE void mix(const float* weights, const Piece* pieces, int count, std::int64_t d,
-                     float* out, std::int64_t width) {
+RMR1_INLINE void mix(const float* weights, const Piece* pieces, const Piece* ahead, int count,
+                     std::int64_t d, float* out, std::int64_t width) {
     vf sums[R][V];
     for (int r = 0; r < R; ++r) {
         for (int v = 0; v < V; ++v) sums[r][v] = load(out + r * width + d + v * lanes);
@@ -57,6 +59,7 @@ RMR1_INLINE void mix(const float* weights, const Piece* pieces, int count, std::
         for (std::int64_t j = 0; j < pieces[p].count; ++j) {
             vf x[V];
             for (int v = 0; v < V; ++v) x[v] = load(values + j * width + v * lanes);
+            if (ahead) __builtin_prefetch(ahead[p].values + d + j * width);
 #pragma GCC unroll 12
             for (int r = 0; r < R; ++r) {
                 const vf one = splat(weights[r * attention_tile + p * group + j]);
@@ -70,11 +73,15 @@ RMR1_INLINE void mix(const float* weights, const Piece* pieces, int count, std::
 }
 
 template <int R>
-static void mix_rows(const float* weights, const Piece* pieces, int count, float* out,
-                     std::int64_t width) {
+static void mix_rows(const float* weights, const Piece* pieces, const Piece* ahead, int count,
+                     float* out, std::int64_t width) {
     std::int64_t d = 0;
-    for (; d + group <= width; d += group) mix<R, vectors>(weights, pieces, count, d, out, width);
-    for (; d + lanes <= width; d += lanes) mix<R, 1>(weights, pieces, count, d, out, width);
+    for (; d + group <= width; d += group) {
+        mix<R, vectors>(weights, pieces, ahead, count, d, out, width);
+    }
+    for (; d + lanes <= width; d += lanes) {
+        mix<R, 1>(weights, pieces, nullptr, count, d, out, width);
+    }
     for (; d < width; ++d) {  // a head size that is no multiple of a vector
         for (int r = 0; r < R; ++r) {
             float sum = out[r * width + d];
@@ -116,7 +123,7 @@ static void weigh(const Queries& s, std::int64_t i, std::int64_t first, const Pi
         store(row + c, weight);
         total += weight;
     }
-    const float fall = max_of(exp(splat(s.peak[i] - peak)));
+    const float fall = s.peak[i] == peak ? 1.0f : max_of(exp(splat(s.peak[i] - peak)));
     s.sum[i] = s.sum[i] * fall + sum_of(total);
     s.peak[i] = peak;
     if (fall == 1.0f) return;
@@ -139,39 +146,82 @@ RMR1_INLINE void by_rows(std::int64_t begin, std::int64_t end, const Step& step)
     for (; i < end; ++i) step.template operator()<1>(i);
 }
 
-// Queries begin .. end over keys first .. last of one sequence, at most a tile of them.
-static void attend(const KvCache& cache, std::int64_t head, const std::int32_t* table,
-                   const Queries& s, std::int64_t begin, std::int64_t end, std::int64_t first,
-                   std::int64_t last) {
+// What is computed at a time: some queries with up to a tile of one sequence's keys.
+struct Tile {
+    Piece pieces[attention_tile / group];
+    int count;
+    std::int64_t first, begin, end;  // first key; queries
+};
+
+// `ahead` is the tile that comes next: it is fetched meanwhile.
+static void attend(const KvCache& cache, const Queries& s, const Tile& tile, const Tile& ahead) {
     const std::int64_t width = cache.width;
-    // Tiny blocks make more pieces than a tile has columns for: then in several goes.
-    constexpr int most = attention_tile / group;
-    Piece pieces[most];
-    for (std::int64_t key = first; key < last;) {
-        int count = 0;
-        const std::int64_t start = key;
-        for (; count < most && key < last; ++count) {
-            const std::int64_t block = table[key / cache.block_size], at = key % cache.block_size;
+    by_rows(tile.begin, tile.end, [&]<int R>(std::int64_t i) {
+        for (int p = 0; p < tile.count; ++p) {
+            scores<R>(s.q + i * width, width, tile.pieces[p].keys, cache.lanes,
+                      i == tile.begin ? ahead.pieces[p].keys : nullptr,
+                      s.weights + i * attention_tile + p * group);
+        }
+    });
+    for (std::int64_t i = tile.begin; i < tile.end; ++i) {
+        weigh(s, i, tile.first, tile.pieces, tile.count, width);
+    }
+    by_rows(tile.begin, tile.end, [&]<int R>(std::int64_t i) {
+        mix_rows<R>(s.weights + i * attention_tile, tile.pieces,
+                    i == tile.begin ? ahead.pieces : nullptr, tile.count, s.out + i * width, width);
+    });
+}
+
+// Goes through the tiles of a task, one head and one part: first what all rows share, then what each
+// sequence has of its own.
+struct Walk {
+    const AttentionShape& shape;
+    const KvCache& cache;
+    const AttentionTask& task;
+    std::int64_t head, end;       // of the part
+    std::int64_t key, limit;      // the next key, and where those of these rows end
+    std::int64_t row, rows_end;   // the rows that see them
+    std::int64_t own, next_own;   // where each sequence's own keys begin; the next one's first row
+
+    bool more() {
+        while (key >= limit) {
+            if (next_own == task.end) return false;
+            row = next_own;
+            while (++next_own < task.end && shape.owner[next_own] == shape.owner[row]) {
+            }
+            rows_end = next_own;
+            key = own;
+            limit = shape.seen[rows_end - 1] < end ? shape.seen[rows_end - 1] : end;
+        }
+        return true;
+    }
+
+    // Tiny blocks make more pieces than a tile has columns for: then it takes several goes.
+    void take(Tile* tile) {
+        const std::int32_t* table = shape.tables + shape.owner[row] * shape.table_width;
+        const std::int64_t heads = shape.heads / cache.heads, width = cache.width;
+        tile->first = key;
+        tile->begin = (row - task.begin) * heads;
+        tile->end = (rows_end - task.begin) * heads;
+        std::int64_t stop = (key / attention_tile + 1) * attention_tile;
+        if (stop > limit) stop = limit;
+        for (tile->count = 0; tile->count < attention_tile / group && key < stop; ++tile->count) {
+            const std::int64_t block = key / cache.block_size, at = key - block * cache.block_size;
             std::int64_t size = cache.block_size - at;
             if (size > group - at % group) size = group - at % group;
-            if (size > last - key) size = last - key;
-            const std::int64_t place = block * cache.heads + head;
-            pieces[count] = {cache.keys + place * width * cache.lanes + at,
-                             cache.values + (place * cache.block_size + at) * width, size};
+            if (size > stop - key) size = stop - key;
+            const std::int64_t place = table[block] * cache.heads + head;
+            tile->pieces[tile->count] = {cache.keys + place * width * cache.lanes + at,
+                                         cache.values + (place * cache.block_size + at) * width,
+                                         size};
             key += size;
         }
-        by_rows(begin, end, [&]<int R>(std::int64_t i) {
-            for (int p = 0; p < count; ++p) {
-                scores<R>(s.q + i * width, width, pieces[p].keys, cache.lanes,
-                          s.weights + i * attention_tile + p * group);
-            }
-        });
-        for (std::int64_t i = begin; i < end; ++i) weigh(s, i, start, pieces, count, width);
-        by_rows(begin, end, [&]<int R>(std::int64_t i) {
-            mix_rows<R>(s.weights + i * attention_tile, pieces, count, s.out + i * width, width);
-        });
+        // For whoever fetches ahead by these: any address will do.
+        for (int p = tile->count; p < attention_tile / group; ++p) {
+            tile->pieces[p] = tile->pieces[0];
+        }
     }
-}
+};
 
 // Softmax so far of one query for a part of its keys: [D] weighted values, their largest score, the
 // sum of their weights.
@@ -225,21 +275,16 @@ static void attend_part(const AttentionShape& shape, const KvCache& cache, const
                         memory + count * (attention_tile + 2 * width + 2))};
     start(shape, cache, q, q_stride, scale, task, head, s);
 
-    const auto table = [&](std::int64_t row) {
-        return shape.tables + shape.owner[row] * shape.table_width;
-    };
-    std::int64_t key = first;
-    for (; key < end && key < task.shared; key += attention_tile) {
-        attend(cache, head, table(task.begin), s, 0, count, key, key + attention_tile);
-    }
-    for (std::int64_t row = task.begin, next; row < task.end; row = next) {
-        for (next = row + 1; next < task.end && shape.owner[next] == shape.owner[row];) ++next;
-        const std::int64_t seen = shape.seen[next - 1], last = seen < end ? seen : end;
-        for (std::int64_t k = key; k < last; k += attention_tile) {
-            attend(cache, head, table(row), s, (row - task.begin) * heads,
-                   (next - task.begin) * heads, k,
-                   k + attention_tile < last ? k + attention_tile : last);
-        }
+    std::int64_t own = task.shared < end ? task.shared : end;
+    if (own < first) own = first;
+    Walk walk{shape, cache, task, head, end, first, own, task.begin, task.end, own, task.begin};
+    Tile tiles[2];
+    bool there = walk.more();
+    if (there) walk.take(&tiles[0]);
+    for (int now = 0; there; now = 1 - now) {
+        there = walk.more();
+        if (there) walk.take(&tiles[1 - now]);
+        attend(cache, s, tiles[now], there ? tiles[1 - now] : tiles[now]);
     }
 
     for (std::int64_t i = 0; i < count; ++i) {

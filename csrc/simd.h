@@ -45,6 +45,27 @@ RMR1_INLINE float max_of(vf x) {
     return top;
 }
 
+// Exchanges rows and columns of a square: x[i][j] and x[j][i]. Each round swaps the off-diagonal
+// halves of squares twice as large, within pairs of vectors.
+template <int distance = 1>
+RMR1_INLINE void transpose(vf (&x)[lanes]) {
+    if constexpr (distance < lanes) {
+        vi first, second;
+        for (int i = 0; i < lanes; ++i) {
+            first[i] = i & distance ? lanes + i - distance : i;
+            second[i] = i & distance ? lanes + i : i + distance;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) {
+            if (i & distance) continue;
+            const vf a = x[i], b = x[i + distance];
+            x[i] = __builtin_shuffle(a, b, first);
+            x[i + distance] = __builtin_shuffle(a, b, second);
+        }
+        transpose<2 * distance>(x);
+    }
+}
+
 // exp(x), 2 ulp, for x up to 88; below -87.3 it is 0, NaN stays NaN. Cody-Waite reduction to
 // [-ln 2 / 2, ln 2 / 2] and a polynomial of degree 6 (minimax coefficients as in Cephes).
 RMR1_INLINE vf exp(vf x) {
