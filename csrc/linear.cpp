@@ -95,16 +95,22 @@ static void linear_strip(const float* packed, std::int64_t rows, std::int64_t in
     alignas(64) float sums[group * strip * tile];
     for (std::int64_t m0 = 0; m0 < rows; m0 += group * tile) {
         const std::int64_t m1 = rows < m0 + group * tile ? rows : m0 + group * tile;
-        for (std::int64_t k0 = 0; k0 < inputs; k0 += depth) {
-            const std::int64_t some = inputs - k0 < depth ? inputs - k0 : depth;
-            const float* w = p.w + n0 * inputs + k0;
-            for (std::int64_t m = m0; m < m1; m += tile) {
-                const float* x = packed + m * inputs;
-                float* c = sums + (m - m0) * strip;
-                if (rows - m > lanes) {
-                    multiply_strip<2, wide>(x + k0 * tile, w, inputs, outputs, some, c, k0 == 0);
-                } else {
-                    multiply_strip<1, narrow>(x + k0 * lanes, w, inputs, outputs, some, c, k0 == 0);
+        // One tile is bound by memory: it takes a few rows of w to their end. With more tiles all rows
+        // of the strip stay in the cache for the next tile.
+        const std::int64_t step = m1 - m0 <= tile ? narrow : strip;
+        for (std::int64_t n = 0; n < outputs; n += step) {
+            const std::int64_t count = outputs - n < step ? outputs - n : step;
+            for (std::int64_t k0 = 0; k0 < inputs; k0 += depth) {
+                const std::int64_t some = inputs - k0 < depth ? inputs - k0 : depth;
+                const float* w = p.w + (n0 + n) * inputs + k0;
+                for (std::int64_t m = m0; m < m1; m += tile) {
+                    const float* x = packed + m * inputs;
+                    float* c = sums + (m - m0) * strip + n * tile;
+                    if (rows - m > lanes) {
+                        multiply_strip<2, wide>(x + k0 * tile, w, inputs, count, some, c, k0 == 0);
+                    } else {
+                        multiply_strip<1, narrow>(x + k0 * lanes, w, inputs, count, some, c, k0 == 0);
+                    }
                 }
             }
         }

@@ -272,7 +272,6 @@ def test_a_failing_progress_bar_leaves_nothing_behind(model: CausalLM, tokenizer
     assert_idle(generator)
 
 
-@pytest.mark.xfail(strict=True, reason="what finishes in its step is not collected")
 def test_a_progress_bar_that_asks_another_stream(model: CausalLM, tokenizer: Any) -> None:
     generator = Generator(model, tokenizer)
     other, found = generator.stream(PROMPTS[:1], greedy(30)), list[Finished]()

@@ -99,18 +99,16 @@ class Generator:
         """
         settings = _one_each(params, len(prompts))
         stream = self._open(prompts, settings, more=False)
-        done: dict[tuple[int, int], Rollout] = {}
+        finished = 0
         try:
             while stream.unfinished:
-                before = len(done)
                 drawn = self._step()
-                while stream._done:
-                    one = stream._done.popleft()
-                    done[one.prompt, one.sample] = one.rollout
+                before, finished = finished, len(stream._done)
                 if progress is not None:
-                    progress(len(done) - before, drawn)
+                    progress(finished - before, drawn)
         finally:
             stream.close()
+        done = {(one.prompt, one.sample): one.rollout for one in stream._done}
         return [
             [done[prompt, sample] for sample in range(settings[prompt].n)]
             for prompt in range(len(prompts))
@@ -328,13 +326,13 @@ def _check_fits(requests: list[tuple[int, SamplingParams]], plan: CachePlan) -> 
 def _one_each(
     params: SamplingParams | list[SamplingParams] | None, prompts: int
 ) -> list[SamplingParams]:
-    if isinstance(params, list):
+    if isinstance(params, list | tuple):
         if len(params) != prompts:
             raise ValueError(
                 f"params is a list of {len(params)}, and there are {prompts} prompts; give one"
                 " SamplingParams for all, or one each"
             )
-        return params
+        return list(params)
     if params is None and prompts:
         raise ValueError("params is missing: prompts need a SamplingParams")
     return [params] * prompts if params is not None else []

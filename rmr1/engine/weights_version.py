@@ -90,13 +90,14 @@ def copy_weights(
     targets = dict(model.named_parameters())
     if isinstance(source, Mapping):
         for name, tensor in source.items():
-            _target(targets, name, tensor)
+            _target(targets, source, name, tensor)
         _check_complete(targets, source)
         source = source.items()
-    copied = set()
+    copied: dict[str, Tensor] = {}
     for name, tensor in source:
-        copied.add(name)
-        target = _target(targets, name, tensor)
+        target = _target(targets, copied, name, tensor)
+        if target is not None:
+            copied[name] = target
         if target is None or _same_memory(target, tensor):
             continue
         target.copy_(tensor)
@@ -108,10 +109,19 @@ def copy_weights(
     _check_complete(targets, copied)
 
 
-def _target(targets: dict[str, nn.Parameter], name: str, tensor: Tensor) -> nn.Parameter | None:
+def _target(
+    targets: dict[str, nn.Parameter], source: Mapping[str, Tensor], name: str, tensor: Tensor
+) -> nn.Parameter | None:
     target = targets.get(name)
     if target is None and name == "lm_head.weight":
-        return None  # Hugging Face lists a tied head under both of its names
+        # Hugging Face lists a tied head under both of its names.
+        embedding = source.get("model.embed_tokens.weight")
+        if embedding is not None and checksum(embedding) != checksum(tensor):
+            raise ValueError(
+                "sync: the source's lm_head.weight is not its embedding, and the model's head is"
+                " tied to it; load a model whose config says tie_word_embeddings = false."
+            )
+        return None
     if target is None or target.shape != tensor.shape:
         wanted = "has no such parameter" if target is None else f"needs {list(target.shape)}"
         raise ValueError(f"sync: {name} is {list(tensor.shape)}, and the model {wanted}.")
