@@ -111,7 +111,6 @@ void Decoder::grow(std::int64_t rows) {
     if (rows <= rows_) return;
     const auto& s = sizes_;
     const std::int64_t some = std::min(rows, mlp_rows);
-    rows_ = rows;
     x_.resize(rows * s.hidden);
     normed_.resize(rows * s.hidden);
     q_.resize(rows * s.heads * s.width);
@@ -124,6 +123,7 @@ void Decoder::grow(std::int64_t rows) {
     up_.resize(some * s.inner);
     packed_.resize(std::max({packed_floats(rows, std::max(s.hidden, s.heads * s.width)),
                              packed_floats(some, s.inner)}));
+    rows_ = rows;  // last: an allocation may have failed
 }
 
 void Decoder::count(Phase phase) {

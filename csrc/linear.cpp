@@ -42,7 +42,9 @@ RMR1_INLINE void multiply(const float* x, const float* w, std::int64_t w_stride,
             }
         }
     }
+#pragma GCC unroll 24
     for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
         for (int v = 0; v < V; ++v) {
             float* to = c + r * tile + v * lanes;
             store(to, first ? sums[r][v] : load(to) + sums[r][v]);
@@ -149,7 +151,6 @@ static void pack_columns(const float* x, std::int64_t stride, std::int64_t rows,
     }
 }
 
-static std::int64_t tile_rows() { return tile; }
 static std::int64_t strip_outputs() { return strip; }
 
 }  // namespace rmr1::RMR1_ISA
@@ -160,8 +161,9 @@ static std::int64_t strip_outputs() { return strip; }
 namespace rmr1 {
 
 std::int64_t packed_floats(std::int64_t rows, std::int64_t inputs) {
-    const std::int64_t tile = RMR1_CHOOSE(tile_rows)();
-    return (rows + tile - 1) / tile * tile * inputs;
+    // For the widest vectors, whatever is in use now: a test may force another kind afterwards.
+    constexpr std::int64_t widest = 32;
+    return (rows + widest - 1) / widest * widest * inputs;
 }
 
 void pack_rows(const float* x, std::int64_t stride, std::int64_t rows, std::int64_t inputs,

@@ -516,8 +516,13 @@ def test_a_bad_source(spoil: Callable[[dict[str, Any]], object], message: str) -
     for source in (state, iter(state.items()), list(state.items())):
         with pytest.raises(ValueError, match=f"^sync: .*{message}"):
             generator.sync(source)
-    # Whatever it did, nothing stale is used.
-    assert same(generator.generate(PROMPTS, PARAMS), fresh(generator.model))
+        if source is state or not state:  # nothing was copied
+            assert same(generator.generate(PROMPTS, PARAMS), fresh(generator.model))
+        else:
+            with pytest.raises(ValueError, match="sync again before anything is generated"):
+                generator.generate(PROMPTS, PARAMS)
+            generator.sync(make_model(1))
+            assert same(generator.generate(PROMPTS, PARAMS), fresh(make_model(1)))
 
 
 @pytest.mark.parametrize(("spoil", "message"), [BAD[0], *BAD[2:]])

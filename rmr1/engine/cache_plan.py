@@ -17,7 +17,9 @@ _DEFAULT_SHARE = 0.4
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated on a device, as far as the system tells."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What torch keeps for later is free for us too.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():  # counts the page cache as free, which sysconf does not

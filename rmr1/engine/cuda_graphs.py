@@ -61,6 +61,7 @@ class DecodeGraphs:
         addresses = [weight.data_ptr() for weight in self._model.parameters()]
         if addresses != self._addresses:
             self._graphs.clear()
+            self._pool = None
             self._addresses = addresses
         count = len(step.tokens)
         size = next(size for size in self._sizes if size >= count)

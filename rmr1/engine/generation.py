@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,18 +22,18 @@ from rmr1.engine.block_pool import BlockPool
 from rmr1.engine.cache_plan import CachePlan
 from rmr1.engine.detokenize import decode
 from rmr1.engine.endings import ENDS, MAY_END
-from rmr1.engine.kv_cache import PagedCache
+from rmr1.engine.kv_cache import PagedCache, upload
 from rmr1.engine.model import CausalLM
 from rmr1.engine.native_step import NativeStep
 from rmr1.engine.sampling import token_keys
 from rmr1.engine.scheduler import Scheduler, Step
 from rmr1.engine.sequences import Array, Rows, Sequence
-from rmr1.engine.torch_step import TorchStep, upload
+from rmr1.engine.torch_step import TorchStep
 from rmr1.kernels.linear import linear
 from rmr1.kernels.sample import Drawn, sample
 
-# Logits are made for at most so many words at a time: 64 MB in fp32.
-_LOGITS = 1 << 24
+# Logits are made for at most so many words at a time: 64 MB in fp32, on a GPU 1 GB.
+_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 28}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,20 +91,26 @@ class Generation:
     def rebind(self) -> None:
         """The parameters may lie elsewhere now."""
         if isinstance(self._forward, NativeStep):
-            for part, seconds in self._forward.seconds().items():
-                self.spent[part] += seconds
+            self.spent = self.totals()
             self._forward = NativeStep(self.model, self.cache)
 
-    def profile(self) -> dict[str, float]:
-        """Seconds spent since the start, by part of a step."""
-        parts = dict(self.spent)
+    def totals(self) -> defaultdict[str, float]:
+        """Seconds spent by part; `layers` is also there by its own parts, where they are known."""
+        parts = self.spent.copy()
         if isinstance(self._forward, NativeStep):
-            inside = 0.0
             for part, seconds in self._forward.seconds().items():
-                parts[part] = parts.get(part, 0.0) + seconds
-                inside += parts[part]
-            parts["rest of the layers"] = max(0.0, parts.pop("layers", 0.0) - inside)
+                parts[part] += seconds
         return parts
+
+    def profile(self) -> dict[str, float]:
+        """Seconds spent, by parts that add up. On a GPU a part is the time to launch it, and the
+        last one, `sample`, waits for all of them.
+        """
+        parts = self.totals()
+        inside = sum(parts[part] for part in NativeStep.PARTS if part in parts)
+        if inside:
+            parts["rest of the layers"] = max(0.0, parts.pop("layers") - inside)
+        return dict(parts)
 
     def clear(self) -> None:
         """Drop everything that waits, runs or is cached."""
@@ -116,7 +123,9 @@ class Generation:
         began = time.perf_counter()
         step = self.scheduler.plan()
         began = self._spend("schedule", began)
-        with torch.inference_mode():
+        device = self.cache.keys.device
+        here = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        with here, torch.inference_mode():
             hidden = self._forward(step)
             began = self._spend("layers", began)
             drawn = self._draw(step, hidden)
@@ -136,11 +145,11 @@ class Generation:
             nothing = torch.empty(0)
             return Drawn(nothing.long(), nothing, nothing)
         head, device = self.model.lm_head_weight, hidden.device
-        piece = max(1, _LOGITS // head.shape[0])
+        piece = max(1, _LOGITS[device.type] // head.shape[0])
         draws = []
         for first in range(0, len(step.wanted), piece):
             began = time.perf_counter()
-            logits = linear(hidden[first : first + piece], head)  # [<= piece, V]
+            logits = _logits(hidden[first : first + piece], head)  # [<= piece, V]
             began = self._spend("head", began)
             here = (step.source >= first) & (step.source < first + piece)
             rows, source = step.rows[here], step.source[here] - first
@@ -155,13 +164,15 @@ class Generation:
                 top_p=upload(settings.top_p[rows], device),
                 min_p=upload(settings.min_p[rows], device),
             )
-            draws.append((places, Drawn(*(x.cpu() for x in drawn))))
+            draws.append((places, drawn))
             self._spend("sample", began)
-        if len(draws) == 1:
-            return draws[0][1]
+        began = time.perf_counter()
         order = torch.from_numpy(np.argsort(np.concatenate([places for places, _ in draws])))
         columns = zip(*(drawn for _, drawn in draws), strict=True)
-        return Drawn(*(torch.cat(column)[order] for column in columns))
+        # The one place where a step waits for a GPU.
+        result = Drawn(*(torch.cat(column).cpu()[order] for column in columns))
+        self._spend("sample", began)
+        return result
 
     def _finish(self, rows: Array, tokens: Array, version: int) -> list[tuple[Sequence, Rollout]]:
         """Take out what is complete after these draws."""
@@ -208,3 +219,14 @@ class Generation:
         now = time.perf_counter()
         self.spent[part] += now - began
         return now
+
+
+def _logits(hidden: Tensor, head: Tensor) -> Tensor:
+    """hidden [W, H], head [V, H] -> [W, V].
+
+    On a GPU in fp32 whatever the weights are, as the trainer has them: rounded logits are the
+    commonest mismatch between the two.
+    """
+    if hidden.device.type == "cuda" and hidden.dtype != torch.float32:
+        return torch.mm(hidden, head.T, out_dtype=torch.float32)
+    return linear(hidden, head)

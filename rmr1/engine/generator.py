@@ -10,6 +10,8 @@ The weights are the module's own parameters: whatever the trainer has written is
 from __future__ import annotations
 
 import logging
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from itertools import count
 from typing import Any
@@ -31,7 +33,7 @@ from rmr1.engine.model import CausalLM
 from rmr1.engine.rollout_stream import Finished, Piece, RolloutStream
 from rmr1.engine.sampling import SamplingParams
 from rmr1.engine.sequences import Request, Sequence, new_sequences
-from rmr1.engine.weights_version import WeightsVersion, copy_weights
+from rmr1.engine.weights_version import MixedWeights, WeightsVersion, copy_weights
 
 __all__ = ["Finished", "Generator", "Piece", "Rollout", "RolloutStream", "SamplingParams"]
 
@@ -75,8 +77,10 @@ class Generator:
         self._endings = Endings(model.config, tokenizer)
         self._version = WeightsVersion(model)
         self._generation: Generation | None = None
-        self._streams: dict[Sequence, RolloutStream] = {}
+        self._streams: dict[Sequence, weakref.ref[RolloutStream]] = {}
+        self._dropped: deque[Sequence] = deque()  # of streams that nobody holds any more
         self._numbers = count()
+        self._mixed = False  # weights, by a sync that failed
 
     # --- What users call -------------------------------------------------------------------------
 
@@ -108,7 +112,7 @@ class Generator:
                     progress(finished - before, drawn)
         finally:
             stream.close()
-        done = {(one.prompt, one.sample): one.rollout for one in stream._done}
+        done = {(one.request.index, one.sample): rollout for one, rollout in stream._done}
         return [
             [done[prompt, sample] for sample in range(settings[prompt].n)]
             for prompt in range(len(prompts))
@@ -138,11 +142,17 @@ class Generator:
         Raises:
             ValueError: see `copy_weights`.
         """
-        if source is not self.model:
-            tensors = source.state_dict() if isinstance(source, nn.Module) else source
-            copy_weights(self.model, tensors)
-        self._version.bump()
-        self._forget()
+        try:
+            if source is not self.model:
+                tensors = source.state_dict() if isinstance(source, nn.Module) else source
+                copy_weights(self.model, tensors)
+            self._mixed = False
+        except MixedWeights:
+            self._mixed = True
+            raise
+        finally:
+            self._version.bump()
+            self._forget()
         return self._version.number
 
     @property
@@ -190,19 +200,33 @@ class Generator:
         """One step for everybody; returns the tokens drawn."""
         generation = self._generation
         assert generation is not None
+        self._collect()
         try:
             if self._version.touched():
                 self._forget()
             finished, drawn = generation.step(self._version.number)
+            for sequence, rollout in finished:
+                stream = self._streams.pop(sequence)()
+                if stream is not None:
+                    stream._finish(sequence, rollout)
         except BaseException as error:  # Ctrl-C too: half a step leaves nothing to be trusted
             generation.clear()
-            for stream in set(self._streams.values()):
-                stream._abort(error)
+            for held in set(self._streams.values()):
+                if (stream := held()) is not None:
+                    stream._abort(error)
             self._streams.clear()
             raise
-        for sequence, rollout in finished:
-            self._streams.pop(sequence)._finish(sequence, rollout)
         return drawn
+
+    def _collect(self) -> None:
+        """Cancel what was left of streams that are gone; refuse to go on with mixed weights."""
+        if self._mixed:
+            raise ValueError(
+                "the last sync failed and left old and new weights side by side; sync again before"
+                " anything is generated"
+            )
+        while self._dropped:
+            self._cancel(self._dropped.popleft())
 
     # --- Preparation -----------------------------------------------------------------------------
 
@@ -227,7 +251,7 @@ class Generator:
         sequences = new_sequences(request, self._numbers)
         assert self._generation is not None
         self._generation.scheduler.add(sequences)
-        self._streams.update(dict.fromkeys(sequences, stream))
+        self._streams.update(dict.fromkeys(sequences, weakref.ref(stream)))
         return sequences
 
     def _prepare(
@@ -237,14 +261,17 @@ class Generator:
 
         `look` at the weights themselves, not only at what torch knows of them.
         """
+        self._collect()
         if self._version.changed() if look else self._version.touched():
             self._forget()
         now = self._generation
         if not self._streams and (
             now is None or not now.fits() or self._may_grow(requests, now, more)
         ):
+            spent = {} if now is None else now.totals()
             self._generation = now = None  # its memory is free again before more is taken
             self._generation = self._new_generation(requests, more)
+            self._generation.spent.update(spent)
         assert self._generation is not None
         _check_fits(requests, self._generation.plan)
 

@@ -5,12 +5,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rmr1.engine.cache_plan import CachePlan
 from rmr1.engine.model_config import ModelConfig
 from rmr1.kernels.kv_store import new_cache
+
+
+def upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """A copy on the device, without waiting for it; on a CPU the array itself."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class PagedCache:
@@ -32,6 +39,6 @@ class PagedCache:
         """Copy whole blocks, from and to: before a sequence writes to one that others use."""
         if not pairs:
             return
-        source, target = torch.tensor(pairs, device=self.keys.device).unbind(1)
+        source, target = upload(np.array(pairs, dtype=np.int64), self.keys.device).unbind(1)
         for cache in (self.keys, self.values):
             cache[:, target] = cache[:, source]

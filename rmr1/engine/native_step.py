@@ -25,6 +25,8 @@ _PLAIN = {
 class NativeStep:
     """Hidden states of a `Step`'s wanted tokens."""
 
+    PARTS = ("norms", "attention projections", "attention", "mlp")
+
     @staticmethod
     def suits(model: CausalLM) -> bool:
         """Whether this can compute the model: a plain one, fp32, CPU, no other kernels forced."""
@@ -60,12 +62,12 @@ class NativeStep:
             config.head_dim, config.rope_theta, config.rope_scaling
         )
         self._attention_factor = config.rope_scaling.attention_factor
-        self._cos = self._sin = torch.empty(0, config.head_dim // 2)
+        self._cos = self._sin = torch.empty(0, config.head_dim // 2, device="cpu")
 
     def __call__(self, step: Step) -> Tensor:
         """[W, H], after the final norm."""
         self._grow_tables(int(step.positions.max()) + 1)
-        hidden = torch.empty(len(step.wanted), self._hidden)
+        hidden = torch.empty(len(step.wanted), self._hidden, dtype=torch.float32, device="cpu")
         self._cache.copy(step.copies)
         self._decoder.run(
             step.tokens,
@@ -86,13 +88,12 @@ class NativeStep:
 
     def seconds(self) -> dict[str, float]:
         """Where the time went since the start, by part of the layers."""
-        names = ("norms", "attention projections", "attention", "mlp")
-        return dict(zip(names, self._decoder.seconds(), strict=True))
+        return dict(zip(self.PARTS, self._decoder.seconds(), strict=True))
 
     def _grow_tables(self, positions: int) -> None:
         have = len(self._cos)
         if positions > have:
-            wanted = torch.arange(max(positions, 2 * have, 256))
+            wanted = torch.arange(max(positions, 2 * have, 256), device="cpu")
             tables = rope_tables(wanted, self._frequencies, self._attention_factor, torch.float32)
             self._cos, self._sin = (table.squeeze(1).contiguous() for table in tables)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,15 +51,24 @@ class RolloutStream:
     """An iterator over samples in the order in which they finish.
 
     Requests may be added and cancelled at any time. Streams of one generator share its batch; the
-    work is done while one of them is iterated. What is left when a stream is closed is cancelled.
+    work is done while one of them is iterated. What is left when a stream is closed, or when nobody
+    holds it any more, is cancelled. Not for several threads at once.
     """
 
     def __init__(self, generator: Generator) -> None:
         self._generator = generator
-        self._running: dict[Sequence, None] = {}
-        self._prompts: list[list[Sequence]] = []
-        self._done: deque[Finished] = deque()
+        self._samples: list[int] = []  # of each prompt
+        self._running: dict[tuple[int, int], Sequence] = {}  # by prompt and sample
+        self._done: deque[tuple[Sequence, Rollout]] = deque()
         self._failure: BaseException | None = None
+        # Collected by the generator's next step: this may run in the middle of one.
+        weakref.finalize(self, _drop, self._running, generator._dropped)
+
+    def __enter__(self) -> RolloutStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def unfinished(self) -> int:
@@ -71,7 +81,7 @@ class RolloutStream:
         Raises:
             ValueError: as `Generator.generate`; nothing else in the batch is touched.
         """
-        number = len(self._prompts)
+        number = len(self._samples)
         self._take(self._generator._add(self, prompt, params, number))
         return number
 
@@ -81,22 +91,20 @@ class RolloutStream:
         Raises:
             ValueError: no such prompt or sample.
         """
-        if not 0 <= prompt < len(self._prompts):
-            raise ValueError(f"prompt must be from 0 to {len(self._prompts) - 1}, got {prompt}")
-        sequences = self._prompts[prompt]
-        if sample is not None:
-            if not 0 <= sample < len(sequences):
-                raise ValueError(f"sample must be from 0 to {len(sequences) - 1}, got {sample}")
-            sequences = sequences[sample : sample + 1]
-        for sequence in sequences:
-            if sequence in self._running:
-                del self._running[sequence]
+        if not 0 <= prompt < len(self._samples):
+            raise ValueError(f"prompt must be from 0 to {len(self._samples) - 1}, got {prompt}")
+        samples = self._samples[prompt]
+        if sample is not None and not 0 <= sample < samples:
+            raise ValueError(f"sample must be from 0 to {samples - 1}, got {sample}")
+        for one in range(samples) if sample is None else [sample]:
+            sequence = self._running.pop((prompt, one), None)
+            if sequence is not None:
                 self._generator._cancel(sequence)
 
     def close(self) -> None:
         """Cancel what is unfinished."""
-        for prompt in range(len(self._prompts)):
-            self.cancel(prompt)
+        while self._running:
+            self._generator._cancel(self._running.popitem()[1])
 
     def __iter__(self) -> Iterator[Finished]:
         return self
@@ -107,7 +115,8 @@ class RolloutStream:
                 self._check_failure()
                 raise StopIteration
             self._generator._step()
-        return self._done.popleft()
+        sequence, rollout = self._done.popleft()
+        return Finished(sequence.request.index, sequence.sample, rollout)
 
     def pieces(self) -> Iterator[Piece]:
         """The text as it grows, token by token, instead of whole samples.
@@ -119,19 +128,21 @@ class RolloutStream:
         while self._running or self._done:
             if self._running and not self._done:
                 self._generator._step()
-            for sequence in list(self._running):  # whoever takes a piece may add and cancel
-                if sequence not in self._running:
+            for place, sequence in list(self._running.items()):
+                if place not in self._running:  # whoever takes a piece may cancel, or go on
+                    if sequence.cancelled:
+                        texts.pop(sequence, None)
                     continue
                 text, anew = self._text_of(sequence, texts)
                 new = text.stream.read(self._generator._drawn(sequence))
                 if new or anew:
-                    yield Piece(sequence.request.index, sequence.sample, new, None, anew)
+                    yield Piece(*place, new, None, anew)
             while self._done:
-                done = self._done.popleft()
-                sequence = self._prompts[done.prompt][done.sample]
+                sequence, rollout = self._done.popleft()
                 text, anew = self._text_of(sequence, texts)
-                rest = done.rollout.text[text.stream.shown :]
-                yield Piece(done.prompt, done.sample, rest, done.rollout, anew)
+                del texts[sequence]
+                rest = rollout.text[text.stream.shown :]
+                yield Piece(sequence.request.index, sequence.sample, rest, rollout, anew)
         self._check_failure()
 
     def _text_of(self, sequence: Sequence, texts: dict[Sequence, _Text]) -> tuple[_Text, bool]:
@@ -144,13 +155,13 @@ class RolloutStream:
         return texts[sequence], text is not None
 
     def _take(self, sequences: list[Sequence]) -> None:
-        self._prompts.append(sequences)
-        self._running.update(dict.fromkeys(sequences))
+        prompt = len(self._samples)
+        self._samples.append(len(sequences))
+        self._running.update({(prompt, one.sample): one for one in sequences})
 
     def _finish(self, sequence: Sequence, rollout: Rollout) -> None:
-        if sequence in self._running:
-            del self._running[sequence]
-            self._done.append(Finished(sequence.request.index, sequence.sample, rollout))
+        if self._running.pop((sequence.request.index, sequence.sample), None) is not None:
+            self._done.append((sequence, rollout))
 
     def _abort(self, error: BaseException) -> None:
         self._running.clear()
@@ -162,3 +173,7 @@ class RolloutStream:
             raise RuntimeError(
                 "these samples were dropped: a step of the generator failed, see the cause above"
             ) from failure
+
+
+def _drop(running: dict[tuple[int, int], Sequence], dropped: deque[Sequence]) -> None:
+    dropped.extend(running.values())

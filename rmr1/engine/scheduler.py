@@ -41,7 +41,7 @@ class Step:
 
 
 class Scheduler:
-    """Keeps rows, pool and queue; `plan` makes a step, `advance` takes what it drew."""
+    """Keeps rows, pool and queue; `plan` makes a step."""
 
     def __init__(self, pool: BlockPool, rows: Rows, block_size: int, max_tokens: int) -> None:
         assert rows.capacity <= max_tokens
@@ -256,8 +256,8 @@ class Scheduler:
         tokens = np.concatenate([rows.last[decoding], *(self._tokens(*chunk) for chunk in chunks)])
         blocks = rows.tables[computed, positions // self._size].astype(np.int64)
         sequences = np.concatenate([decoding, [row for row, _, _ in chunks]]).astype(np.int64)
-        lengths = [1] * len(decoding) + [len(piece) for piece in pieces]
-        starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        ends = len(decoding) + np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
+        starts = np.concatenate([np.arange(len(decoding) + 1), ends]).astype(np.int32)
         contexts = rows.done[sequences]
         width = max(1, int(-(-contexts.max(initial=1) // self._size)))
         complete = [
@@ -265,9 +265,10 @@ class Scheduler:
             for place, (row, _, end) in enumerate(chunks, start=len(decoding))
             if end == rows.known[row]
         ]
-        drawing = list(range(len(decoding))) + complete
-        source = {int(sequences[place]): index for index, place in enumerate(drawing)}
-        leaders = [int(sequences[place]) for place in complete]
+        drawing = np.concatenate([np.arange(len(decoding)), complete]).astype(np.int64)
+        leaders = sequences[complete]
+        # Of a fork: what its leader draws from.
+        source = {int(row): index for index, row in enumerate(leaders, start=len(decoding))}
         return Step(
             tokens=tokens,
             positions=positions.astype(np.int32),
@@ -279,9 +280,9 @@ class Scheduler:
             copies=copies,
             wanted=(starts[1:][drawing] - 1).astype(np.int32),
             rows=np.concatenate([decoding, leaders, [new for new, _ in forks]]).astype(np.int64),
-            source=np.array(
-                [*range(len(drawing)), *(source[leader] for _, leader in forks)], dtype=np.int64
-            ),
+            source=np.concatenate(
+                [np.arange(len(drawing)), [source[leader] for _, leader in forks]]
+            ).astype(np.int64),
         )
 
     def _tokens(self, row: int, first: int, end: int) -> Array:

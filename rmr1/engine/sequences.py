@@ -54,9 +54,11 @@ class Sequence:
 
     # How often it has lost what it had drawn, to new weights.
     restarts: int = 0
+    _digests: list[bytes] | None = None
 
     def restart(self) -> None:
         """Forget what was drawn."""
+        self._digests = None
         if len(self.tokens):
             self.tokens, self.logprobs = self.tokens[:0], self.logprobs[:, :0]
             self.restarts += 1
@@ -65,7 +67,10 @@ class Sequence:
         """Of the full blocks of a sequence without a row, prompt and drawn tokens."""
         if not len(self.tokens):
             return self.request.digests
-        return block_digests(np.concatenate([self.request.tokens, self.tokens]), block_size)
+        if self._digests is None:  # it may wait for many steps, and is asked at each
+            known = np.concatenate([self.request.tokens, self.tokens])
+            self._digests = block_digests(known, block_size)
+        return self._digests
 
 
 def new_sequences(request: Request, numbers: Iterator[int]) -> list[Sequence]:
@@ -131,6 +136,7 @@ class Rows:
         sequence = self.sequences[row]
         assert sequence is not None
         drawn = int(self.count[row])
+        sequence._digests = None
         sequence.tokens = self.tokens[row, :drawn].copy()
         sequence.logprobs = self.logprobs[:, row, :drawn].copy()
         sequence.row = -1

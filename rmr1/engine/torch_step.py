@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from rmr1.engine.cuda_graphs import DecodeGraphs
-from rmr1.engine.kv_cache import PagedCache
+from rmr1.engine.kv_cache import PagedCache, upload
 from rmr1.engine.model import CausalLM
 from rmr1.engine.scheduler import Step
-from rmr1.engine.sequences import Array
+from rmr1.kernels.dispatch import forced
 from rmr1.kernels.kv_store import kv_store
 from rmr1.kernels.paged_attention import paged_attention
 
@@ -80,7 +80,8 @@ class TorchStep:
     def __call__(self, step: Step) -> Tensor:
         """[W, H], after the final norm."""
         self._cache.copy(step.copies)
-        if self._graphs is not None and step.decoding == len(step.tokens):
+        # Forced kernels may be ones that cannot be captured, and are not to be remembered.
+        if self._graphs is not None and step.decoding == len(step.tokens) and not forced():
             return self._graphs.run(step)
         tokens, positions, slots, wanted = (
             upload(array, self._device)
@@ -117,9 +118,3 @@ def decode_attend(
     """The `Attend` of sequences with one new token each."""
     part = Part(0, len(slots), tables, contexts, starts, 1)
     return PagedAttend(cache, slots, [part])
-
-
-def upload(array: Array, device: torch.device) -> Tensor:
-    """A copy on the device, without waiting for it."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

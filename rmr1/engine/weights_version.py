@@ -74,6 +74,10 @@ class WeightsVersion:
         return [checksum(parameter) for parameter in self._model.parameters()]
 
 
+class MixedWeights(ValueError):
+    """A copy that failed when some tensors had been copied."""
+
+
 @torch.no_grad()
 def copy_weights(
     model: nn.Module, source: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
@@ -85,7 +89,7 @@ def copy_weights(
 
     Raises:
         ValueError: names that the model lacks or the source does, other shapes, or a copy that does
-            not hold what the source held.
+            not hold what the source held; MixedWeights if some tensors had been copied by then.
     """
     targets = dict(model.named_parameters())
     if isinstance(source, Mapping):
@@ -94,19 +98,28 @@ def copy_weights(
         _check_complete(targets, source)
         source = source.items()
     copied: dict[str, Tensor] = {}
-    for name, tensor in source:
-        target = _target(targets, copied, name, tensor)
-        if target is not None:
-            copied[name] = target
-        if target is None or _same_memory(target, tensor):
-            continue
-        target.copy_(tensor)
-        if checksum(target) != checksum(tensor.to(target.device, target.dtype)):
-            raise ValueError(
-                f"sync: {name} differs from its source after the copy; something writes to the"
-                " weights while they are being copied."
-            )
-    _check_complete(targets, copied)
+    try:
+        for name, tensor in source:
+            target = _target(targets, copied, name, tensor)
+            if target is not None:
+                copied[name] = target
+                _copy(name, target, tensor)
+        _check_complete(targets, copied)
+    except Exception as error:
+        if copied:
+            raise MixedWeights(f"{error} Some weights are new by now: sync again.") from error
+        raise
+
+
+def _copy(name: str, target: nn.Parameter, tensor: Tensor) -> None:
+    if _same_memory(target, tensor):
+        return
+    target.copy_(tensor)
+    if checksum(target) != checksum(tensor.to(target.device, target.dtype)):
+        raise ValueError(
+            f"sync: {name} differs from its source after the copy; something writes to the weights"
+            " while they are being copied."
+        )
 
 
 def _target(

@@ -61,6 +61,11 @@ def choose(op: str, x: Tensor, *, native: bool, triton: bool = True) -> Backend:
     return forced
 
 
+def forced() -> bool:
+    """Whether somebody has chosen the kernels: `use`, or RMR1_KERNELS."""
+    return _forced.get() is not None or bool(os.environ.get("RMR1_KERNELS"))
+
+
 def interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels, on CPU tensors too (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -54,7 +54,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         native = x.dtype == torch.float32 and weight.is_contiguous() and x.shape[1] > 0
         if choose("linear", x, native=native) != "native":
             return reference(x, weight, bias)
-        out = torch.empty(len(x), len(weight))
+        out = x.new_empty(len(x), len(weight))
         x = x if x.stride(1) == 1 or x.numel() == 0 else x.contiguous()
         bias = None if bias is None else bias.detach().contiguous()
         _C.linear(x.detach(), weight.detach(), bias, out, torch.get_num_threads())

@@ -14,15 +14,13 @@ Sources: Kwon et al., PagedAttention (arXiv 2309.06180); Ainslie et al., GQA (ar
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from rmr1 import _C
-from rmr1.kernels import dispatch, paged_attention_flash
-from rmr1.kernels.dispatch import choose
+from rmr1.kernels import paged_attention_flash
+from rmr1.kernels.dispatch import choose, forced
 from rmr1.kernels.kv_store import check_alike, check_caches, heads_contiguous, native_layout
 
 
@@ -108,7 +106,7 @@ def paged_attention(
     given = (q, key_cache, value_cache, block_tables, context_lengths, query_starts)
     if backend == "reference":
         return reference(*given, scale)
-    if backend == "triton" and _unforced() and paged_attention_flash.suits(q, key_cache):
+    if backend == "triton" and not forced() and paged_attention_flash.suits(q, key_cache):
         return paged_attention_flash.attend(*given, longest_query=longest_query, scale=scale)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if backend == "triton":
@@ -122,10 +120,6 @@ def paged_attention(
             torch.get_num_threads(),
         )  # fmt: skip
     return out
-
-
-def _unforced() -> bool:
-    return dispatch._forced.get() is None and not os.environ.get("RMR1_KERNELS")
 
 
 def _check(
