@@ -114,6 +114,8 @@ def copy_weights(
 def _copy(name: str, target: nn.Parameter, tensor: Tensor) -> None:
     if _same_memory(target, tensor):
         return
+    if target.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
+        tensor = tensor.clone()  # another view of the same memory: not read while it is written
     target.copy_(tensor)
     if checksum(target) != checksum(tensor.to(target.device, target.dtype)):
         raise ValueError(
