@@ -45,7 +45,6 @@ public:
     // `caches`: one a layer.
     void run(const DecoderStep& step, const KvCache* caches, int threads);
 
-    const DecoderSizes& sizes() const { return sizes_; }
     // Seconds spent since the start, by phase.
     const std::array<double, phases>& seconds() const { return seconds_; }
 

@@ -33,7 +33,7 @@ from rmr1.engine.model import CausalLM
 from rmr1.engine.rollout_stream import Finished, Piece, RolloutStream
 from rmr1.engine.sampling import SamplingParams
 from rmr1.engine.sequences import Request, Sequence, new_sequences
-from rmr1.engine.weights_version import MixedWeights, WeightsVersion, copy_weights
+from rmr1.engine.weights_version import WeightsVersion, check_source, copy_weights
 
 __all__ = ["Finished", "Generator", "Piece", "Rollout", "RolloutStream", "SamplingParams"]
 
@@ -142,14 +142,15 @@ class Generator:
         Raises:
             ValueError: see `copy_weights`.
         """
+        if isinstance(source, nn.Module) and source is not self.model:
+            source = source.state_dict()
+        if isinstance(source, Mapping):
+            check_source(self.model, source)  # nothing has been written if it does not fit
+        self._mixed = True  # until all is copied: it may be interrupted anywhere
         try:
-            if source is not self.model:
-                tensors = source.state_dict() if isinstance(source, nn.Module) else source
-                copy_weights(self.model, tensors)
+            if not isinstance(source, nn.Module):
+                copy_weights(self.model, source)
             self._mixed = False
-        except MixedWeights:
-            self._mixed = True
-            raise
         finally:
             self._version.bump()
             self._forget()

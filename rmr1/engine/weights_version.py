@@ -74,10 +74,6 @@ class WeightsVersion:
         return [checksum(parameter) for parameter in self._model.parameters()]
 
 
-class MixedWeights(ValueError):
-    """A copy that failed when some tensors had been copied."""
-
-
 @torch.no_grad()
 def copy_weights(
     model: nn.Module, source: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
@@ -89,26 +85,28 @@ def copy_weights(
 
     Raises:
         ValueError: names that the model lacks or the source does, other shapes, or a copy that does
-            not hold what the source held; MixedWeights if some tensors had been copied by then.
+            not hold what the source held. Some tensors may have been copied by then, but none of
+            a mapping that does not fit.
     """
     targets = dict(model.named_parameters())
     if isinstance(source, Mapping):
-        for name, tensor in source.items():
-            _target(targets, source, name, tensor)
-        _check_complete(targets, source)
+        check_source(model, source)
         source = source.items()
     copied: dict[str, Tensor] = {}
-    try:
-        for name, tensor in source:
-            target = _target(targets, copied, name, tensor)
-            if target is not None:
-                copied[name] = target
-                _copy(name, target, tensor)
-        _check_complete(targets, copied)
-    except Exception as error:
-        if copied:
-            raise MixedWeights(f"{error} Some weights are new by now: sync again.") from error
-        raise
+    for name, tensor in source:
+        target = _target(targets, copied, name, tensor)
+        if target is not None:
+            copied[name] = target
+            _copy(name, target, tensor)
+    _check_complete(targets, copied)
+
+
+def check_source(model: nn.Module, source: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where `copy_weights` would, for names and shapes."""
+    targets = dict(model.named_parameters())
+    for name, tensor in source.items():
+        _target(targets, source, name, tensor)
+    _check_complete(targets, source)
 
 
 def _copy(name: str, target: nn.Parameter, tensor: Tensor) -> None:
