@@ -80,6 +80,10 @@ class Requests:
         self.prompts.append(prompt)
         self.params.append(params)
 
+    def take(self, one: Finished) -> None:
+        assert (one.prompt, one.sample) not in self.done
+        self.done[one.prompt, one.sample] = one
+
     def cancel(self, stream: RolloutStream) -> None:
         prompt = self.random.randrange(len(self.prompts))
         before = stream.unfinished
@@ -97,10 +101,10 @@ def run(generator: Generator, seed: int, count: int) -> Requests:
                 requests.add(stream)
         if requests.random.random() < 0.1:
             requests.cancel(stream)
-        one = next(stream, None)
-        if one is not None:
-            assert (one.prompt, one.sample) not in requests.done
-            requests.done[one.prompt, one.sample] = one
+        if (one := next(stream, None)) is not None:
+            requests.take(one)
+    for one in stream:  # the last step may have finished several
+        requests.take(one)
     return requests
 
 
