@@ -138,6 +138,7 @@ class _Stage:
             **_reward_figures(rewards, groups, verdicts),
             **_length_figures(rollouts),
             **_update_figures(updates),
+            **_mismatch_figures(batch, updates[0]),
             "num_tokens": batch.response_tokens,
             "dropped_prompts": self.dropped,
             "rollout_time": sampled - began,
@@ -228,10 +229,9 @@ def _loss(objective: PolicyLossConfig) -> Loss:
             config=objective,
             token_count=count,
         )
-        # On the first minibatch the policy is still the one that sampled: what is left is the
-        # difference between generator and trainer.
         apart = (logprobs.detach() - tokens.rollout_logprobs).abs()
-        return value, {**stats, "logprob_mismatch": apart.sum() / count}
+        mismatch = {"logprob_mismatch": apart.sum() / count, "logprob_mismatch_max": apart.max()}
+        return value, {**stats, **mismatch}
 
     return loss
 
@@ -259,16 +259,32 @@ def _length_figures(rollouts: Sequence[Rollout]) -> dict[str, float]:
 
 
 def _update_figures(updates: Sequence[StepStats]) -> dict[str, float]:
-    """Means over the updates of a step; the mismatch is that of the first, before any change."""
+    """Means over the updates of a step."""
     names = list(updates[0].extra)
     figures = {name: sum(u.extra[name] for u in updates) / len(updates) for name in names}
     figures["ratio_max"] = max(u.extra["ratio_max"] for u in updates)
     figures["ratio_min"] = min(u.extra["ratio_min"] for u in updates)
-    figures["logprob_mismatch"] = updates[0].extra["logprob_mismatch"]
     return {
         "loss": sum(u.loss for u in updates) / len(updates),
         "entropy": sum(u.entropy for u in updates) / len(updates),
         "grad_norm": sum(u.grad_norm for u in updates) / len(updates),
         "learning_rate": updates[-1].learning_rate,
         **figures,
+    }
+
+
+def _mismatch_figures(batch: Batch, first: StepStats) -> dict[str, float]:
+    """How far apart generator and trainer are on this rollout, before any change of the weights.
+
+    Over all of it where the trainer has scored it, else over the first minibatch, on which it costs
+    nothing.
+    """
+    assert batch.old_logprobs is not None
+    assert batch.rollout_logprobs is not None
+    if batch.old_logprobs is batch.rollout_logprobs:
+        return {name: first.extra[name] for name in ("logprob_mismatch", "logprob_mismatch_max")}
+    apart = (batch.old_logprobs - batch.rollout_logprobs).abs()
+    return {
+        "logprob_mismatch": apart.mean().item(),
+        "logprob_mismatch_max": apart.max().item(),
     }

@@ -90,6 +90,24 @@ def test_blank_blocks_go_before_kept_ones_and_then_the_longest_unused() -> None:
     assert pool.cached == pool.free == 0
 
 
+def test_a_lazy_pool_gives_up_what_is_kept_before_it_grows_past_twice_its_use() -> None:
+    """Eager memory is there anyway: what is kept stays until the last blank block is gone."""
+    begun = {}
+    for lazy in (False, True):
+        pool = BlockPool(100, lazy=lazy)
+        for n in range(20):  # one after the other, two blocks in use at a time
+            kept(pool, digests_of([n] * 2 * SIZE))
+        begun[lazy] = pool.begun
+        assert pool.cached == pool.begun
+        assert pool.free == 100
+    assert begun == {False: 40, True: 4}
+    blocks = pool.take(50)  # more in use than ever: blocks are begun as they are needed
+    assert len(set(blocks)) == 50
+    assert pool.begun == 52  # two are kept
+    pool.release(blocks)
+    assert set(pool.take(50)) == set(blocks)  # and used again before others
+
+
 def test_a_chain_is_given_up_from_its_end() -> None:
     pool = BlockPool(6)
     chain, other = digests_of(list(range(16))), digests_of([9] * 8)
@@ -192,10 +210,11 @@ class PoolMachine(RuleBasedStateMachine):
     """Sequences begin on what is known, publish, fork, end; now and then all is forgotten."""
 
     COUNT = 9
+    LAZY = False
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool = BlockPool(self.COUNT)
+        self.pool = BlockPool(self.COUNT, lazy=self.LAZY)
         self.running: list[tuple[list[int], list[bytes]]] = []  # blocks, digests
         self.digest_of: dict[int, bytes] = {}
         self.unused: list[int] = []  # with contents, the longest unused first
@@ -227,11 +246,12 @@ class PoolMachine(RuleBasedStateMachine):
             return
         taken = self.pool.take(missing)
         blank = set(range(self.COUNT)) - set(used) - set(found) - set(self.unused)
-        from_blank = min(missing, len(blank))
-        assert set(taken[:from_blank]) <= blank
-        assert taken[from_blank:] == self.unused[: missing - from_blank]
+        evicted = [block for block in taken if block not in blank]
+        assert evicted == self.unused[: len(evicted)]
         assert len(set(taken)) == missing
-        for block in taken[from_blank:]:
+        if not self.LAZY:
+            assert len(evicted) == missing - min(missing, len(blank))
+        for block in evicted:
             self.unused.remove(block)
             del self.digest_of[block]
         self.running.append((found + taken, digests))
@@ -284,5 +304,12 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.cached == 0
 
 
-TestPool = PoolMachine.TestCase
-TestPool.settings = settings(max_examples=60, stateful_step_count=40, deadline=None, database=None)
+class LazyPoolMachine(PoolMachine):
+    """The same with memory that is taken as it comes into use."""
+
+    LAZY = True
+
+
+TestPool, TestLazyPool = PoolMachine.TestCase, LazyPoolMachine.TestCase
+for case in (TestPool, TestLazyPool):
+    case.settings = settings(max_examples=60, stateful_step_count=40, deadline=None, database=None)

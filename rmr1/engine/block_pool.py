@@ -28,12 +28,18 @@ def block_digests(tokens: np.ndarray, block_size: int) -> list[bytes]:
 
 
 class BlockPool:
-    """A fixed number of blocks with reference counts. Block ids are 0 .. count - 1."""
+    """A fixed number of blocks with reference counts. Block ids are 0 .. count - 1.
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    `lazy`: a block takes memory only once it is used. Then what is kept for later is given up
+    before ever new blocks are begun, as soon as it is more than was in use at any time.
+    """
+
+    def __init__(self, count: int, *, lazy: bool = False) -> None:
+        self.count, self.lazy = count, lazy
         self.users = np.zeros(count, dtype=np.int32)  # sequences that use a block
-        self._blank = list(range(count - 1, -1, -1))  # a stack: low ids, and warm memory, first
+        self.begun = 0  # blocks below this have been used at some time
+        self._peak = 0  # the most that were in use at a time
+        self._blank: list[int] = []  # begun, without contents; a stack: warm memory first
         self._kept: OrderedDict[int, None] = OrderedDict()  # unused with contents, oldest first
         self._by_digest: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
@@ -41,7 +47,7 @@ class BlockPool:
     @property
     def free(self) -> int:
         """Blocks that `take` could give now."""
-        return len(self._blank) + len(self._kept)
+        return self.count - self.begun + len(self._blank) + len(self._kept)
 
     @property
     def cached(self) -> int:
@@ -51,16 +57,20 @@ class BlockPool:
     def take(self, count: int) -> list[int]:
         """Blocks for new contents, each with one user: blank ones, then the longest unused."""
         assert count <= self.free
-        blocks = []
-        for _ in range(count):
-            if self._blank:
-                block = self._blank.pop()
-            else:
-                block, _ = self._kept.popitem(last=False)
-                del self._by_digest[self._digest_of.pop(block)]
-            blocks.append(block)
+        blocks = [self._next() for _ in range(count)]
         self.users[blocks] = 1
+        self._peak = max(self._peak, self.begun - len(self._blank) - len(self._kept))
         return blocks
+
+    def _next(self) -> int:
+        if self._blank:
+            return self._blank.pop()
+        if self.begun < self.count and not (self.lazy and len(self._kept) > self._peak):
+            self.begun += 1
+            return self.begun - 1
+        block, _ = self._kept.popitem(last=False)
+        del self._by_digest[self._digest_of.pop(block)]
+        return block
 
     def share(self, blocks: Iterable[int]) -> None:
         """One more user for each."""

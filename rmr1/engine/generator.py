@@ -40,7 +40,7 @@ __all__ = ["Finished", "Generator", "Piece", "Rollout", "RolloutStream", "Sampli
 _log = logging.getLogger(__name__)
 
 # The most sequences that run at once; a GPU needs more of them to be busy.
-_MAX_ROWS = {"cpu": 256, "cuda": 1024}
+_MAX_CPU_ROWS, _MAX_ROWS = 256, 1024
 # On a CPU a larger step computes nothing faster, and keeps the first token of others waiting.
 _MAX_CPU_TOKENS = 1024
 
@@ -48,10 +48,10 @@ _MAX_CPU_TOKENS = 1024
 class Generator:
     """Samples continuations from a `CausalLM`.
 
-    `kv_memory_gb` is the size of the KV cache in GB (default: what the calls need, up to a share of
-    the memory that is free when it is planned), `block_size` the tokens of one of its blocks, and
-    `max_batch_tokens` bounds the tokens of one forward pass. None of them changes what is drawn,
-    but for rounding.
+    `kv_memory_gb` bounds the KV cache, in GB (default: a share of the memory that is free at the
+    first call). On a GPU it is taken at once, on a CPU as it comes into use. `block_size` is the
+    tokens of one of its blocks, and `max_batch_tokens` bounds the tokens of one forward pass. None
+    of them changes what is drawn, but for rounding.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Generator:
                 that are not finite.
         """
         settings = _one_each(params, len(prompts))
-        stream = self._open(prompts, settings, more=False)
+        stream = self._open(prompts, settings)
         finished = 0
         try:
             while stream.unfinished:
@@ -129,7 +129,7 @@ class Generator:
             ValueError: as `generate`, before anything is computed.
         """
         prompts = prompts or []
-        return self._open(prompts, _one_each(params, len(prompts)), more=True)
+        return self._open(prompts, _one_each(params, len(prompts)))
 
     def sync(self, source: nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> int:
         """Take over a trainer's new weights; returns their version, which later rollouts bear.
@@ -183,7 +183,7 @@ class Generator:
         """One more request of a stream, checked."""
         tokens = self._tokens(prompt, params, f"prompts[{number}]")
         # While others run, whoever writes weights past torch's knowledge has to call `sync`.
-        self._prepare([(len(tokens), params)], more=True, look=not self._streams)
+        self._prepare([(len(tokens), params)], look=not self._streams)
         return self._enqueue(stream, tokens, params, number)
 
     def _cancel(self, sequence: Sequence) -> None:
@@ -231,13 +231,11 @@ class Generator:
 
     # --- Preparation -----------------------------------------------------------------------------
 
-    def _open(
-        self, prompts: list[list[int]], settings: list[SamplingParams], *, more: bool
-    ) -> RolloutStream:
-        """A stream of these requests, all of them checked first; `more` may come later."""
+    def _open(self, prompts: list[list[int]], settings: list[SamplingParams]) -> RolloutStream:
+        """A stream of these requests, all of them checked first."""
         pairs = list(zip(prompts, settings, strict=True))
         tokens = [self._tokens(*pair, f"prompts[{index}]") for index, pair in enumerate(pairs)]
-        self._prepare([(len(p), each) for p, each in pairs], more=more, look=True)
+        self._prepare([(len(p), each) for p, each in pairs], look=True)
         stream = RolloutStream(self)
         for number, (prompt, each) in enumerate(zip(tokens, settings, strict=True)):
             stream._take(self._enqueue(stream, prompt, each, number))
@@ -255,9 +253,7 @@ class Generator:
         self._streams.update(dict.fromkeys(sequences, weakref.ref(stream)))
         return sequences
 
-    def _prepare(
-        self, requests: list[tuple[int, SamplingParams]], *, more: bool, look: bool
-    ) -> None:
+    def _prepare(self, requests: list[tuple[int, SamplingParams]], *, look: bool) -> None:
         """A cache in which each of these (prompt length, params) fits, and nothing stale.
 
         `look` at the weights themselves, not only at what torch knows of them.
@@ -266,37 +262,30 @@ class Generator:
         if self._version.changed() if look else self._version.touched():
             self._forget()
         now = self._generation
-        if not self._streams and (
-            now is None or not now.fits() or self._may_grow(requests, now, more)
-        ):
+        if not self._streams and (now is None or not now.fits()):
             spent = {} if now is None else now.totals()
             self._generation = now = None  # its memory is free again before more is taken
-            self._generation = self._new_generation(requests, more)
+            self._generation = self._new_generation()
             self._generation.spent.update(spent)
         assert self._generation is not None
-        _check_fits(requests, self._generation.plan)
+        if requests:
+            prompt, params = max(requests, key=lambda one: one[0] + one[1].max_new_tokens)
+            check_fits(prompt, params.max_new_tokens, self._generation.plan)
 
-    def _may_grow(
-        self, requests: list[tuple[int, SamplingParams]], now: Generation, more: bool
-    ) -> bool:
-        if self.kv_memory_gb is not None or now.plan.total_bytes >= 0.9 * now.plan.budget:
-            return False
-        return self._most_blocks(requests, now.max_rows, more) > now.plan.blocks
-
-    def _new_generation(self, requests: list[tuple[int, SamplingParams]], more: bool) -> Generation:
+    def _new_generation(self) -> Generation:
+        """With a KV cache for all calls to come: as much as is allowed and could find a use."""
         weight, config = self.model.lm_head_weight, self.model.config
-        tokens = self.max_batch_tokens
+        tokens, rows = self.max_batch_tokens, _MAX_ROWS
         if weight.device.type == "cpu":
-            tokens = min(tokens, _MAX_CPU_TOKENS)
-        rows = min(_MAX_ROWS[weight.device.type], tokens)
+            tokens, rows = min(tokens, _MAX_CPU_TOKENS), _MAX_CPU_ROWS
+        rows = min(rows, tokens)
         given = self.kv_memory_gb
         plan = plan_cache(
             budget=default_budget(weight.device) if given is None else int(given * 1e9),
             token_bytes=bytes_per_token(config, weight.dtype),
             block_size=self.block_size,
-            most_blocks=self._most_blocks(requests, rows, more or given is not None),
+            most_blocks=rows * blocks_for(config.max_position_embeddings, self.block_size),
         )
-        _check_fits(requests, plan)
         if not plan.blocks:
             raise ValueError(
                 f"{plan.budget / 1e9:.3g} GB of KV cache do not hold one block of"
@@ -305,17 +294,6 @@ class Generator:
             )
         _log.info("%s", plan)
         return Generation(self.model, self.tokenizer, plan, rows, tokens)
-
-    def _most_blocks(
-        self, requests: list[tuple[int, SamplingParams]], rows: int, more: bool
-    ) -> int:
-        """Blocks with which nobody waits for memory; `more`: others may come, of any length."""
-        size = self.block_size
-        if more:
-            return rows * blocks_for(self.model.config.max_position_embeddings, size)
-        prompts = sum(blocks_for(prompt, size) for prompt, _ in requests)
-        tails = [blocks_for(p.max_new_tokens, size) + 1 for _, p in requests for _ in range(p.n)]
-        return prompts + sum(sorted(tails)[-rows:]) + 1
 
     def _forget(self) -> None:
         if self._generation is not None:
@@ -343,12 +321,6 @@ class Generator:
                 f"{config.max_position_embeddings} positions; shorten it or lower max_new_tokens"
             )
         return tokens.astype(np.int64)
-
-
-def _check_fits(requests: list[tuple[int, SamplingParams]], plan: CachePlan) -> None:
-    if requests:
-        prompt, params = max(requests, key=lambda one: one[0] + one[1].max_new_tokens)
-        check_fits(prompt, params.max_new_tokens, plan)
 
 
 def _one_each(
