@@ -35,8 +35,37 @@ std::int64_t size(const Array& array, std::size_t axis) {
     return static_cast<std::int64_t>(array.shape(axis));
 }
 
-rmr1::KvCache cache_of(const Cache& keys, const Cache& values) {
-    return {keys.data(), values.data(), size(keys, 2), size(keys, 3), size(keys, 1), keys.stride(3)};
+// Taken as it lies or refused with a TypeError: what is written to a converted copy is lost.
+auto array(const char* name) { return nb::arg(name).noconvert(); }
+
+// DLPack does not tell the stride of an axis of one.
+template <class Array>
+bool lies(const Array& array, std::size_t axis, std::int64_t stride) {
+    return array.size() == 0 || array.shape(axis) <= 1 || array.stride(axis) == stride;
+}
+
+void check_rows(const Rows& x, const char* message) {
+    if (!lies(x, 1, 1)) throw nb::type_error(message);
+}
+
+void check_heads(const Heads& x, const char* message) {
+    if (!lies(x, 2, 1) || !lies(x, 1, size(x, 2))) throw nb::type_error(message);
+}
+
+// The cache whose axes begin at `first`: a layer's, or the first layer's of several.
+template <class Array>
+rmr1::KvCache cache_of(const Array& keys, const Array& values, std::size_t first = 0) {
+    const std::int64_t block_size = size(keys, first + 1), heads = size(keys, first + 2);
+    const std::int64_t width = size(keys, first + 3), lanes = keys.stride(first + 3);
+    if (lanes % 16 != 0 || lanes < block_size || !lies(keys, first, heads * width * lanes) ||
+        !lies(keys, first + 1, 1) || !lies(keys, first + 2, width * lanes)) {
+        throw nb::type_error("the keys do not lie as new_cache makes them");
+    }
+    if (!lies(values, first, heads * block_size * width) || !lies(values, first + 1, width) ||
+        !lies(values, first + 2, block_size * width) || !lies(values, first + 3, 1)) {
+        throw nb::type_error("the values do not lie as new_cache makes them");
+    }
+    return {keys.data(), values.data(), heads, width, block_size, lanes};
 }
 
 rmr1::Sequences sequences_of(const Table<std::int32_t>& tables,
@@ -48,6 +77,7 @@ rmr1::Sequences sequences_of(const Table<std::int32_t>& tables,
 
 void linear(const Rows& x, const Table<float>& weight, const std::optional<Vector<float>>& bias,
             const Matrix& out, int threads) {
+    check_rows(x, "x: its rows must be contiguous");
     const std::int64_t rows = size(x, 0), inputs = size(x, 1);
     std::vector<float> packed(rmr1::packed_floats(rows, inputs));
     rmr1::pack_rows(x.data(), x.stride(0), rows, inputs, packed.data(), threads);
@@ -58,6 +88,8 @@ void linear(const Rows& x, const Table<float>& weight, const std::optional<Vecto
 
 void kv_store(const Heads& key, const Heads& value, const Cache& key_cache, const Cache& value_cache,
               const Vector<std::int64_t>& slots, int threads) {
+    check_heads(key, "key: the heads of a token must be contiguous");
+    check_heads(value, "value: the heads of a token must be contiguous");
     rmr1::kv_store(cache_of(key_cache, value_cache), key.data(), key.stride(0), value.data(),
                    value.stride(0), slots.data(), size(slots, 0), threads);
 }
@@ -67,6 +99,7 @@ void paged_attention(const Heads& q, const Cache& key_cache, const Cache& value_
                      const Vector<std::int32_t>& starts,
                      const nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>& out,
                      float scale, int threads) {
+    check_heads(q, "q: the heads of a token must be contiguous");
     const rmr1::KvCache cache = cache_of(key_cache, value_cache);
     rmr1::AttentionPlan plan;
     plan.make(sequences_of(tables, contexts, starts, cache.block_size), size(q, 1), cache.heads,
@@ -108,15 +141,16 @@ void make_decoder(NativeDecoder* self, const std::vector<std::int64_t>& sizes, f
 void run_decoder(NativeDecoder& self, const Vector<std::int64_t>& tokens,
                  const Vector<std::int32_t>& positions, const Vector<std::int64_t>& slots,
                  const Table<std::int32_t>& tables, const Vector<std::int32_t>& contexts,
-                 const Vector<std::int32_t>& starts, const Rows& cos, const Rows& sin,
+                 const Vector<std::int32_t>& starts, const Table<float>& cos,
+                 const Table<float>& sin,
                  const nb::ndarray<float, nb::ndim<5>, nb::device::cpu>& keys,
                  const nb::ndarray<float, nb::ndim<5>, nb::device::cpu>& values,
                  const Vector<std::int32_t>& wanted, const Matrix& hidden, int threads) {
     std::vector<rmr1::KvCache> caches;
     for (std::int64_t layer = 0; layer < size(keys, 0); ++layer) {
-        caches.push_back({keys.data() + layer * keys.stride(0),
-                          values.data() + layer * values.stride(0), size(keys, 3), size(keys, 4),
-                          size(keys, 2), keys.stride(4)});
+        caches.push_back(cache_of(keys, values, 1));
+        caches.back().keys += layer * keys.stride(0);
+        caches.back().values += layer * values.stride(0);
     }
     const rmr1::DecoderStep step{tokens.data(),
                                  slots.data(),
@@ -135,24 +169,26 @@ void run_decoder(NativeDecoder& self, const Vector<std::int64_t>& tokens,
 
 void rmr1_bind_generation(nb::module_& m) {
     const auto unlocked = nb::call_guard<nb::gil_scoped_release>();
-    m.def("linear", &linear, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(), nb::arg("out"),
+    m.def("linear", &linear, array("x"), array("weight"), array("bias").none(), array("out"),
           nb::arg("threads"), unlocked);
-    m.def("kv_store", &kv_store, nb::arg("key"), nb::arg("value"), nb::arg("key_cache"),
-          nb::arg("value_cache"), nb::arg("slots"), nb::arg("threads"), unlocked);
-    m.def("paged_attention", &paged_attention, nb::arg("q"), nb::arg("key_cache"),
-          nb::arg("value_cache"), nb::arg("block_tables"), nb::arg("context_lengths"),
-          nb::arg("query_starts"), nb::arg("out"), nb::arg("scale"), nb::arg("threads"), unlocked);
+    m.def("kv_store", &kv_store, array("key"), array("value"), array("key_cache"),
+          array("value_cache"), array("slots"), nb::arg("threads"), unlocked);
+    m.def("paged_attention", &paged_attention, array("q"), array("key_cache"), array("value_cache"),
+          array("block_tables"), array("context_lengths"), array("query_starts"), array("out"),
+          nb::arg("scale"), nb::arg("threads"), unlocked);
     m.def(
         "checksum",
         [](const nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>& bytes,
            int threads) { return rmr1::checksum(bytes.data(), size(bytes, 0), threads); },
-        nb::arg("bytes"), nb::arg("threads"), unlocked);
+        array("bytes"), nb::arg("threads"), unlocked);
+    // Weights may be converted: where a model's dtype has changed, Generation.rebind makes a decoder
+    // that its generator then drops.
     nb::class_<NativeDecoder>(m, "Decoder")
         .def("__init__", &make_decoder, nb::arg("sizes"), nb::arg("eps"), nb::arg("weights"))
-        .def("run", &run_decoder, nb::arg("tokens"), nb::arg("positions"), nb::arg("slots"),
-             nb::arg("block_tables"), nb::arg("context_lengths"), nb::arg("query_starts"),
-             nb::arg("cos"), nb::arg("sin"), nb::arg("keys"), nb::arg("values"), nb::arg("wanted"),
-             nb::arg("hidden"), nb::arg("threads"), unlocked)
+        .def("run", &run_decoder, array("tokens"), array("positions"), array("slots"),
+             array("block_tables"), array("context_lengths"), array("query_starts"), array("cos"),
+             array("sin"), array("keys"), array("values"), array("wanted"), array("hidden"),
+             nb::arg("threads"), unlocked)
         .def("seconds", [](const NativeDecoder& self) {
             const auto& s = self.decoder->seconds();
             return std::vector<double>(s.begin(), s.end());

@@ -29,15 +29,34 @@ using Rows = nb::ndarray<T, nb::ndim<2>, nb::device::cpu>;
 template <class T>
 using Maybe = std::optional<Vector<T>>;
 
+// An argument that is taken as it lies or refused with a TypeError. By default nanobind would copy
+// what has another dtype or order, and what is written to a copy is lost.
+auto array(const char* name) { return nb::arg(name).noconvert(); }
+
+// A gradient that is only read. Autograd may hand over one number for all rows, stretched to their
+// count with a stride of 0; then a copy is what is wanted.
+auto gradient(const char* name) { return nb::arg(name); }
+
 template <class T>
 T* data(const Maybe<T>& vector) {
     return vector ? vector->data() : nullptr;
 }
 
+template <class Array>
+std::int64_t size(const Array& array, std::size_t axis) {
+    return static_cast<std::int64_t>(array.shape(axis));
+}
+
+// DLPack does not tell the stride of an axis of one.
+template <class Array>
+bool lies(const Array& array, std::size_t axis, std::int64_t stride) {
+    return array.size() == 0 || array.shape(axis) <= 1 || array.stride(axis) == stride;
+}
+
 rmr1::LogitTile tile_of(const Rows<float>& z, std::int64_t first,
                         const Vector<const std::int64_t>& targets) {
-    return {z.data(), static_cast<std::int64_t>(z.shape(0)), static_cast<std::int64_t>(z.shape(1)),
-            z.stride(0), first, targets.data()};
+    if (!lies(z, 1, 1)) throw nb::type_error("z: its rows must be contiguous");
+    return {z.data(), size(z, 0), size(z, 1), z.stride(0), first, targets.data()};
 }
 
 void logit_stats(const Rows<float>& z, std::int64_t first,
@@ -97,11 +116,6 @@ auto* data_of(const std::optional<Array>& array) {
     return array ? array->data() : nullptr;
 }
 
-template <class Array>
-std::int64_t size(const Array& array, std::size_t axis) {
-    return static_cast<std::int64_t>(array.shape(axis));
-}
-
 void swiglu(const ConstMatrix& gate, const ConstMatrix& up, const Matrix& out, int threads) {
     rmr1::swiglu(gate.data(), up.data(), out.data(), static_cast<std::int64_t>(out.size()), threads);
 }
@@ -131,8 +145,12 @@ void rmsnorm_backward(const ConstMatrix& on_y, const std::optional<ConstMatrix>&
 }
 
 void rope(const nb::ndarray<const float, nb::ndim<3>, nb::device::cpu>& x, const ConstMatrix& cos,
-          const ConstMatrix& sin, const nb::ndarray<float, nb::ndim<3>, nb::c_contig>& y, bool back,
+          const ConstMatrix& sin,
+          const nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>& y, bool back,
           int threads) {
+    if (!lies(x, 2, 1) || !lies(x, 1, size(x, 2))) {
+        throw nb::type_error("x: the heads of a token must be contiguous");
+    }
     rmr1::rope({x.data(), cos.data(), sin.data(), y.data(), size(x, 0), size(x, 1), size(x, 2),
                 x.stride(0), back},
                threads);
@@ -144,28 +162,28 @@ void rmr1_bind_kernels(nb::module_& m) {
     m.def("isa", [] { return rmr1::name_of(rmr1::isa()); });
     m.def("force_isa", [](const std::string& name) { return rmr1::force_isa(name); }, nb::arg("name"));
     const auto unlocked = nb::call_guard<nb::gil_scoped_release>();
-    m.def("logit_stats", &logit_stats, nb::arg("z"), nb::arg("first"), nb::arg("targets"),
-          nb::arg("peak"), nb::arg("sum"), nb::arg("dot").none(), nb::arg("target"),
-          nb::arg("threads"), unlocked);
-    m.def("logit_gradient", &logit_gradient, nb::arg("z"), nb::arg("first"), nb::arg("targets"),
-          nb::arg("peak"), nb::arg("log_sum"), nb::arg("entropy").none(),
-          nb::arg("on_logprob").none(), nb::arg("on_entropy").none(), nb::arg("threads"), unlocked);
-    m.def("group_advantages", &group_advantages, nb::arg("rewards"), nb::arg("offsets"),
-          nb::arg("divide_by_std"), nb::arg("leave_one_out"), nb::arg("token_offsets").none(),
-          nb::arg("out"), nb::arg("eps"), unlocked);
-    m.def("policy_loss", &policy_loss, nb::arg("logprobs"), nb::arg("old"), nb::arg("ref").none(),
-          nb::arg("rollout").none(), nb::arg("offsets"), nb::arg("advantages"), nb::arg("weights"),
-          nb::arg("settings"), nb::arg("slope"));
-    m.def("swiglu", &swiglu, nb::arg("gate"), nb::arg("up"), nb::arg("out"), nb::arg("threads"),
+    m.def("logit_stats", &logit_stats, array("z"), nb::arg("first"), array("targets"),
+          array("peak"), array("sum"), array("dot").none(), array("target"), nb::arg("threads"),
           unlocked);
-    m.def("swiglu_backward", &swiglu_backward, nb::arg("on_out"), nb::arg("gate"), nb::arg("up"),
-          nb::arg("on_gate"), nb::arg("on_up"), nb::arg("threads"), unlocked);
-    m.def("rmsnorm", &rmsnorm, nb::arg("x"), nb::arg("added").none(), nb::arg("weight"),
-          nb::arg("sum").none(), nb::arg("y"), nb::arg("scale").none(), nb::arg("eps"),
+    m.def("logit_gradient", &logit_gradient, array("z"), nb::arg("first"), array("targets"),
+          array("peak"), array("log_sum"), array("entropy").none(), gradient("on_logprob").none(),
+          gradient("on_entropy").none(), nb::arg("threads"), unlocked);
+    m.def("group_advantages", &group_advantages, array("rewards"), array("offsets"),
+          nb::arg("divide_by_std"), nb::arg("leave_one_out"), array("token_offsets").none(),
+          array("out"), nb::arg("eps"), unlocked);
+    m.def("policy_loss", &policy_loss, array("logprobs"), array("old"), array("ref").none(),
+          array("rollout").none(), array("offsets"), array("advantages"), array("weights"),
+          nb::arg("settings"), array("slope"));
+    m.def("swiglu", &swiglu, array("gate"), array("up"), array("out"), nb::arg("threads"),
+          unlocked);
+    m.def("swiglu_backward", &swiglu_backward, array("on_out"), array("gate"), array("up"),
+          array("on_gate"), array("on_up"), nb::arg("threads"), unlocked);
+    m.def("rmsnorm", &rmsnorm, array("x"), array("added").none(), array("weight"),
+          array("sum").none(), array("y"), array("scale").none(), nb::arg("eps"),
           nb::arg("threads"), unlocked);
-    m.def("rmsnorm_backward", &rmsnorm_backward, nb::arg("on_y"), nb::arg("on_sum").none(),
-          nb::arg("x"), nb::arg("weight"), nb::arg("scale"), nb::arg("on_x"), nb::arg("on_weight"),
+    m.def("rmsnorm_backward", &rmsnorm_backward, array("on_y"), array("on_sum").none(), array("x"),
+          array("weight"), array("scale"), array("on_x"), array("on_weight"), nb::arg("threads"),
+          unlocked);
+    m.def("rope", &rope, array("x"), array("cos"), array("sin"), array("y"), nb::arg("back"),
           nb::arg("threads"), unlocked);
-    m.def("rope", &rope, nb::arg("x"), nb::arg("cos"), nb::arg("sin"), nb::arg("y"),
-          nb::arg("back"), nb::arg("threads"), unlocked);
 }

@@ -1,5 +1,6 @@
 """What cannot be meant is a ValueError that names the argument, in every op and implementation,
-before a kernel runs; and nothing at all (T = 0) is a defined result.
+before a kernel runs; nothing at all (T = 0) is a defined result; C++ takes arrays as they lie or
+not at all.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from rmr1.kernels import (
 )
 from rmr1.kernels.dispatch import use
 from rmr1.kernels.group_advantage import group_advantages
+from rmr1.kernels.kv_store import new_cache
 from rmr1.kernels.policy_loss import PolicyLossConfig, policy_loss
 from rmr1.kernels.rmsnorm import add_rmsnorm, rmsnorm
 from rmr1.kernels.rope import rope
@@ -306,3 +308,158 @@ def test_nan_in_an_advantage_or_a_weight_is_told(backend: Any) -> None:
     assert loss.isnan()
     assert stats["nonfinite"] == 2
     assert logprobs.isnan().all()
+
+
+# --- Arrays at the border of C++ -----------------------------------------------------------------
+
+SIZES = [5, 8, 4, 1, 2, 1, 4]  # of a decoder: words, H, I, layers, heads of q and of k, D
+TO_8, TO_4 = [ones(8, 8), ones(8)], [ones(4, 8), ones(4)]  # weight and bias
+WEIGHTS: list[Tensor | None] = [
+    *(ones(5, 8), ones(8), ones(8)),
+    *(*TO_8, *TO_4, *TO_4, ones(4), ones(4), *TO_8),
+    *(ones(8), *TO_4, *TO_4, ones(8, 4), ones(8)),
+]
+
+
+def run_decoder(**arrays: Any) -> None:
+    _C.Decoder(SIZES, 1e-5, WEIGHTS).run(**arrays)
+
+
+KEYS, VALUES = new_cache(2, 3, 15, 2, 4, dtype=torch.float32, device="cpu")
+DECODER_KEYS, DECODER_VALUES = new_cache(1, 3, 15, 1, 4, dtype=torch.float32, device="cpu")
+ROWS = {name: ones(2, 4) for name in ("on_y", "on_sum", "x", "on_x", "on_weight")}
+TILE: dict[str, Any] = {"z": ones(2, 3), "first": 0, "targets": whole(0, 1), "peak": ones(2)}
+PLACES: dict[str, Tensor] = {
+    "block_tables": whole(0, 1, 1, 2).view(2, 2).int(),
+    "context_lengths": whole(17, 3).int(),
+    "query_starts": whole(0, 1, 2).int(),
+}
+BORDER: dict[Any, dict[str, Any]] = {
+    _C.logit_stats: {**TILE, "sum": ones(2), "dot": ones(2), "target": ones(2), "threads": 1},
+    _C.logit_gradient: {
+        **TILE,
+        **{name: ones(2) for name in ("log_sum", "entropy", "on_logprob", "on_entropy")},
+        "threads": 1,
+    },
+    _C.policy_loss: {
+        **{name: ones(3) for name in ("logprobs", "old", "ref", "rollout")},
+        "offsets": whole(0, 2, 3),
+        "advantages": ones(2),
+        "weights": ones(2),
+        "settings": [0.0] * 10,
+        "slope": ones(3),
+    },
+    _C.group_advantages: {
+        "rewards": ones(3),
+        "offsets": whole(0, 2, 3),
+        "divide_by_std": True,
+        "leave_one_out": False,
+        "token_offsets": whole(0, 1, 2, 3),
+        "out": ones(3),
+        "eps": 1e-4,
+    },
+    _C.swiglu: {"gate": ones(2, 4), "up": ones(2, 4), "out": ones(2, 4), "threads": 1},
+    _C.swiglu_backward: {
+        **{name: ones(2, 4) for name in ("on_out", "gate", "up", "on_gate", "on_up")},
+        "threads": 1,
+    },
+    _C.rmsnorm: {
+        **{name: ones(2, 4) for name in ("x", "added", "sum", "y")},
+        "weight": ones(4),
+        "scale": ones(2),
+        "eps": 1e-5,
+        "threads": 1,
+    },
+    _C.rmsnorm_backward: {**ROWS, "weight": ones(4), "scale": ones(2), "threads": 1},
+    _C.rope: {
+        **{"x": ones(3, 2, 4), "y": ones(3, 2, 4), "cos": ones(3, 2), "sin": ones(3, 2)},
+        "back": False,
+        "threads": 1,
+    },
+    _C.sample: {
+        "logits": ones(2, 4),
+        "keys": whole(0, 1),
+        "top_k": whole(0, 1).int(),
+        "tokens": whole(0, 1),
+        **{name: ones(2) for name in ("temperature", "top_p", "min_p")},
+        **{name: ones(2) for name in ("logprobs", "sampled_logprobs")},
+        "threads": 1,
+    },
+    _C.linear: {
+        "x": ones(2, 4), "weight": ones(3, 4), "bias": ones(3), "out": ones(2, 3), "threads": 1
+    },
+    _C.kv_store: {
+        "key": ones(2, 2, 4),
+        "value": ones(2, 2, 4),
+        "key_cache": KEYS[1],
+        "value_cache": VALUES[1],
+        "slots": whole(0, 40),
+        "threads": 1,
+    },
+    _C.paged_attention: {
+        "q": ones(2, 4, 4),
+        "key_cache": KEYS[0],
+        "value_cache": VALUES[0],
+        **PLACES,
+        "out": ones(2, 4, 4),
+        "scale": 0.5,
+        "threads": 1,
+    },
+    _C.checksum: {"bytes": ones(9).to(torch.uint8), "threads": 1},
+    run_decoder: {
+        "tokens": whole(1, 2),
+        "positions": whole(16, 2).int(),
+        "slots": whole(16, 32),
+        **PLACES,
+        "cos": ones(20, 2),
+        "sin": ones(20, 2),
+        "keys": DECODER_KEYS,
+        "values": DECODER_VALUES,
+        "wanted": whole(0, 1).int(),
+        "hidden": ones(2, 8),
+        "threads": 1,
+    },
+}  # fmt: skip
+OTHER = {
+    torch.float32: torch.float64,
+    torch.int64: torch.int32,
+    torch.int32: torch.int64,
+    torch.uint8: torch.int8,
+}
+
+
+def with_gaps(x: Tensor) -> Tensor:
+    return torch.stack([x, x], dim=-1)[..., 0]
+
+
+def in_another_dtype(x: Tensor) -> Tensor:
+    return x.to(OTHER[x.dtype])
+
+
+@pytest.mark.parametrize("spoil", [in_another_dtype, with_gaps])
+@pytest.mark.parametrize("function", BORDER, ids=lambda x: x.__name__)
+def test_no_array_is_converted_on_its_way_into_cpp(function: Op, spoil: Any) -> None:
+    """What is written to a copy would be lost."""
+    good = BORDER[function]
+    function(**good)  # and these are taken
+    arrays = {name: x for name, x in good.items() if isinstance(x, Tensor)}
+    assert arrays
+    for name in arrays.keys() - {"on_logprob", "on_entropy"}:
+        spoilt = spoil(arrays[name])
+        before = {key: x.clone() for key, x in {**arrays, name: spoilt}.items()}
+        with pytest.raises(TypeError):
+            function(**{**good, name: spoilt})
+        assert torch.equal(spoilt, before[name]), name
+        assert all(torch.equal(x, before[key]) for key, x in arrays.items() if key != name)
+
+
+def test_a_gradient_of_one_number_may_be_stretched() -> None:
+    """As autograd hands over that of a sum; it is only read."""
+    good = BORDER[_C.logit_gradient]
+    found = []
+    for slope in (torch.full((2,), 3.0), torch.tensor(3.0).expand(2)):
+        z = torch.tensor([[0.5, 1.0, -1.0], [2.0, 0.0, 1.0]])
+        _C.logit_gradient(**{**good, "z": z, "on_logprob": slope, "on_entropy": slope})
+        found.append(z)
+    assert torch.equal(found[0], found[1])
+    assert found[0].abs().min() > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from rmr1.kernels.dispatch import use
 from rmr1.kernels.kv_store import kv_store, native_layout, new_cache
+from rmr1.kernels.paged_attention import paged_attention
 
 SIZES = [(1, 1, 2, 1), (17, 3, 8, 3), (40, 2, 64, 16), (33, 1, 80, 32), (9, 5, 6, 20)]
 CPU: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
@@ -101,6 +103,48 @@ def test_how_a_cache_lies_on_a_cpu(block_size: int) -> None:
     assert not values.any()
     assert all(native_layout(keys[layer], values[layer]) for layer in range(2))
     assert not native_layout(keys[0].clone(), values[0].contiguous())
+
+
+def foreign(blocks: int, block_size: int, spare: int) -> list[Tensor]:
+    """A layer's caches that lie as `new_cache` makes them, with `spare` floats behind the keys."""
+    shape = (blocks, 3, 8, -(-block_size // 16) * 16)
+    keys = torch.zeros(math.prod(shape) + spare)[: math.prod(shape)].view(shape)
+    values = torch.zeros(blocks, 3, block_size, 8)
+    return [keys.permute(0, 3, 1, 2)[:, :block_size], values.permute(0, 2, 1, 3)]
+
+
+@pytest.mark.parametrize("block_size", [15, 16, 31])
+def test_keys_without_room_behind_them_are_not_for_the_native_kernels(block_size: int) -> None:
+    """The native attention reads vectors of 16 keys, from any key on."""
+    assert native_layout(*foreign(2, block_size, 16))
+    key, slots = torch.randn(3, 3, 8), torch.tensor([2 * block_size - 1, 0, 5])
+    for spare in (0, 15):
+        keys, values = foreign(2, block_size, spare)
+        assert not native_layout(keys, values)
+        kv_store(key, -key, keys, values, slots)
+        assert torch.equal(keys.reshape(-1, 3, 8)[slots], key)
+        assert torch.equal(values.reshape(-1, 3, 8)[slots], -key)
+        with use("native"), pytest.raises(ValueError, match="the native kernels were forced"):
+            kv_store(key, key, keys, values, slots)
+    whole = new_cache(1, 2, block_size, 3, 8, **CPU)
+    assert native_layout(whole[0][0], whole[1][0])
+    copy = [cache[0].clone(memory_format=torch.preserve_format) for cache in whole]
+    assert not native_layout(*copy)
+
+
+@pytest.mark.parametrize("spare", [0, 16])
+def test_attention_over_a_foreign_cache(spare: int) -> None:
+    """The 65th key is the fifth of the last block: 16 from there on are more than a block has."""
+    torch.manual_seed(spare)
+    keys, values = foreign(5, 15, spare)
+    key, value, q = torch.randn(75, 3, 8), torch.randn(75, 3, 8), torch.randn(1, 3, 8)
+    kv_store(key, value, keys, values, torch.arange(75))
+    tables, contexts, starts = (
+        torch.tensor(x, dtype=torch.int32) for x in ([[0, 1, 2, 3, 4]], [75], [0, 1])
+    )
+    found = paged_attention(q, keys, values, tables, contexts, starts, longest_query=1)
+    weights = (torch.einsum("qnd,knd->nqk", q, key) / 8**0.5).softmax(-1)
+    torch.testing.assert_close(found, torch.einsum("nqk,knd->qnd", weights, value))
 
 
 def test_a_cache_elsewhere_is_contiguous() -> None:

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from rmr1.engine.attention import SLACK_TOKENS, PackedAttention
-from rmr1.engine.model import CausalLM, ModelConfig
+from rmr1.engine.generator import Generator, SamplingParams
+from rmr1.engine.model import CausalLM, ModelConfig, _nan_from
+from rmr1.engine.native_step import NativeStep
 from rmr1.kernels.rmsnorm import rmsnorm
 from rmr1.kernels.rope import RopeScaling, inverse_frequencies, rope, rope_tables
 from rmr1.kernels.token_logprob import token_logprobs
@@ -271,6 +273,87 @@ def test_dynamic_rope_beyond_the_trained_length_is_an_error() -> None:
     row = [torch.zeros(257, dtype=torch.int64)]
     with pytest.raises(ValueError, match=r"position 256 .*max_position_embeddings = 256.*dynamic"):
         ours(*packed(row))
+
+
+def test_dynamic_rope_waits_for_no_device() -> None:
+    """A tensor without values cannot be looked at: neither may a GPU's be."""
+    _, ours = twins(FAMILIES["llama-dynamic"])
+    with torch.device("meta"):
+        hidden = ours.to("meta")(torch.zeros(300).long(), torch.arange(300), lambda _, q, *__: q)
+    assert hidden.shape == (300, 48)
+
+
+def test_dynamic_rope_beyond_the_trained_length_is_nan_on_a_device() -> None:
+    """The rest is what the same positions give on a CPU."""
+    config = ModelConfig.from_dict(FAMILIES["llama-dynamic"].to_dict())
+    frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    positions = torch.tensor([0, 255, 256, 7, 4000])
+    marked = _nan_from(positions, 256)
+    for found, plain in zip(
+        rope_tables(marked, frequencies, 1.0, torch.float32),
+        rope_tables(positions, frequencies, 1.0, torch.float32),
+        strict=True,
+    ):
+        inside = positions < 256
+        assert torch.equal(found[inside], plain[inside])
+        assert found[~inside].isnan().all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_dynamic_rope_on_a_gpu() -> None:
+    _, ours = twins(FAMILIES["llama-dynamic"])
+    ours.cuda()
+    ids = torch.zeros(257, dtype=torch.int64, device="cuda")
+    positions = torch.arange(257, device="cuda")
+    ours(ids, positions, lambda _, q, *__: q)  # frequencies are made
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        hidden = ours(ids, positions, lambda _, q, *__: q)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert hidden[:256].isfinite().all()
+    assert hidden[256].isnan().all()
+
+
+@pytest.mark.parametrize("length", [1, 255, 256])
+def test_dynamic_rope_up_to_the_trained_length_equals_transformers(length: int) -> None:
+    theirs, ours = twins(FAMILIES["llama-dynamic"])
+    rows = sequences([length])
+    with torch.no_grad():
+        expected = theirs(rows[0][None]).logits[0].log_softmax(-1)
+        assert (log_softmax(ours, rows) - expected).abs().max() < 3e-5
+
+
+class Numbers:
+    """A tokenizer for the generator."""
+
+    eos_token_id = None
+
+    def decode(self, token_ids: list[int], **_: object) -> str:
+        return str(token_ids)
+
+
+def test_dynamic_rope_in_every_path_of_the_generator() -> None:
+    """In C++ and through the model's forward alike, to the last position, and not past it."""
+    _, ours = twins(FAMILIES["llama-dynamic"])
+    prompt = sequences([240])[0].tolist()
+    params = SamplingParams(temperature=0, max_new_tokens=16)
+    found = []
+    for native in (True, False):
+        if not native:
+            ours.forward = ours.forward  # type: ignore[method-assign]
+        assert NativeStep.suits(ours) == native
+        generator = Generator(ours, Numbers())
+        [[rollout]] = generator.generate([prompt], params)
+        found.append(rollout)
+        with pytest.raises(ValueError, match="256 positions"):
+            generator.generate([[*prompt, 1]], params)
+    assert found[0].token_ids == found[1].token_ids
+    assert torch.tensor(found[0].logprobs).allclose(torch.tensor(found[1].logprobs), atol=1e-4)
+    with torch.no_grad():
+        rows = [torch.tensor([*prompt, *found[0].token_ids])]
+        whole = log_softmax(ours, rows)[239:255].gather(1, rows[0][240:, None]).squeeze(1)
+    assert torch.tensor(found[0].logprobs).allclose(whole, atol=1e-4)
 
 
 def test_random_start_is_what_the_config_says() -> None:

@@ -460,3 +460,31 @@ BAD: list[tuple[str, Tensor, str]] = [
 def test_bad_input_is_named(name: str, value: Any, words: str, implementation: str) -> None:
     with pytest.raises(ValueError, match=f"^sample: .*{words}"):
         sample(**{**GOOD, name: value})
+
+
+def test_the_first_bad_value_of_many_rows_is_named() -> None:
+    rows = 1000
+    settings = columns(rows, {})
+    settings["min_p"][[999, 400]] = torch.tensor([2.0, -1.0])
+    settings["top_k"][700] = -3
+    settings["top_p"][400] = 1.25
+    logits, keys = torch.zeros(rows, 4), torch.arange(rows)
+    for fixed, words in (
+        ({}, r"top_p must be above 0 and at most 1, got 1\.25 in row 400"),
+        ({"top_p": 1.0}, r"min_p must be between 0 and 1, got -1\.0 in row 400"),
+        ({"min_p": 0.0}, "top_k must be at least 0, got -3 in row 700"),
+        ({"top_k": 0}, r"min_p must be between 0 and 1, got 2\.0 in row 999"),
+    ):
+        for name, value in fixed.items():
+            settings[name][:900] = value
+        with pytest.raises(ValueError, match=f"^sample: {words}"):
+            sample(logits, keys, **settings)
+    settings["min_p"][999] = 0.1
+    assert (sample(logits, keys, **settings).tokens >= 0).all()
+
+
+def test_values_are_looked_at_without_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither as Python numbers nor one by one."""
+    monkeypatch.setattr(Tensor, "tolist", lambda _: pytest.fail("read row by row"))
+    monkeypatch.setattr(Tensor, "item", lambda _: pytest.fail("read row by row"))
+    draw(torch.zeros(50, 4))

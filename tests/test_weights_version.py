@@ -13,11 +13,19 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, Qwen2Config, Qwen2ForCausalLM
 
+from rmr1.engine import weights_version
 from rmr1.engine.generator import Generator, Rollout, SamplingParams
 from rmr1.engine.model import CausalLM, ModelConfig
-from rmr1.engine.weights_version import WeightsVersion, checksum, copy_weights
+from rmr1.engine.weights_version import (
+    _PIECE,
+    WeightsVersion,
+    _torch_checksum,
+    checksum,
+    copy_weights,
+)
 
 VOCABULARY = 300
 SIZES: dict[str, Any] = {
@@ -187,6 +195,57 @@ def test_checksum(dtype: torch.dtype) -> None:
 def test_checksum_of_another_order() -> None:
     tensor = torch.arange(6.0)
     assert checksum(tensor.flip(0)) != checksum(tensor)
+
+
+# Around whole words and whole pieces; the last has two pieces and a part.
+BYTES = [0, 1, 3, 4, 7, 4096, *(4 * _PIECE + more for more in (-1, 0, 6)), 8 * _PIECE + 4003]
+
+
+@pytest.mark.parametrize("count", BYTES)
+def test_the_checksum_of_gpus_is_that_of_cpus(count: int) -> None:
+    torch.manual_seed(count)
+    flat = torch.randint(0, 256, (count + 5,), dtype=torch.uint8)
+    for first in (0, 1, 2, 4):  # as a view into a flat buffer may begin
+        raw = flat[first : first + count]
+        assert _torch_checksum(raw) == checksum(raw)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_same_for_special_values(dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    tensor = torch.randn(1001).to(dtype)
+    tensor[::7], tensor[1::7], tensor[2::7] = torch.nan, -torch.inf, -0.0
+    assert _torch_checksum(tensor.view(torch.uint8)) == checksum(tensor)
+
+
+def test_pieces_that_change_places_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights_version, "_PIECE", 64)
+    raw = torch.randint(0, 256, (4 * 64 * 5,), dtype=torch.uint8)
+    swapped = torch.cat([raw[256:512], raw[:256], raw[512:]])
+    assert _torch_checksum(raw) == checksum(raw)
+    assert _torch_checksum(swapped) == checksum(swapped) != checksum(raw)
+
+
+def allocated(function: Callable[[], object]) -> int:
+    """The most bytes that torch held at a time in a call, beyond those before it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    assert profiler.profiler is not None
+    results: Any = profiler.profiler.kineto_results
+    held = [event.nbytes() for event in results.events() if event.name() == "[memory]"]
+    return int(np.cumsum(held).max())
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_what_a_checksum_takes_does_not_grow_with_the_tensor(
+    first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights_version, "_PIECE", 1 << 12)
+    piece = 4 << 12
+    for pieces in (1, 4, 32):
+        raw = torch.zeros(first + pieces * piece, dtype=torch.uint8)[first:]
+        assert piece < allocated(lambda raw=raw: _torch_checksum(raw)) < 5 * piece + 1024  # type: ignore[misc]
+    assert allocated(lambda: raw.long()) >= 32 * piece  # the measure sees a copy
 
 
 def test_another_dtype_is_another_model() -> None:

@@ -154,7 +154,8 @@ class CausalLM(nn.Module):
 
         Args:
             token_ids: [T] int64, packed.
-            positions: [T] int64, each token's place in its own sequence.
+            positions: [T] int64, each token's place in its own sequence. Past the trained length a
+                model whose rope is `dynamic` has no frequencies: see `RopeScaling`.
             attend: mixes tokens, see `Attend`; it decides who sees whom.
 
         Returns:
@@ -163,8 +164,8 @@ class CausalLM(nn.Module):
         """
         config = self.config
         x = self.model.embed_tokens(token_ids)
-        if config.rope_scaling.kind == "dynamic" and positions.numel():
-            _check_dynamic(int(positions.max()), config.max_position_embeddings)
+        if config.rope_scaling.kind == "dynamic":
+            positions = _within(positions, config.max_position_embeddings)
         if self._frequencies is None or self._frequencies.device != x.device:
             self._frequencies = inverse_frequencies(
                 config.head_dim, config.rope_theta, config.rope_scaling
@@ -177,13 +178,23 @@ class CausalLM(nn.Module):
         return self.model.norm(x)
 
 
-def _check_dynamic(last: int, trained: int) -> None:
-    if last >= trained:
+def _within(positions: Tensor, trained: int) -> Tensor:
+    """Positions of a `dynamic` model: what is past the trained length is an error on a CPU, and NaN
+    elsewhere, where looking at it would make the host wait for the device.
+    """
+    if positions.device.type != "cpu":
+        return _nan_from(positions, trained)
+    if positions.numel() and (last := int(positions.max())) >= trained:
         raise ValueError(
             f"position {last} is past max_position_embeddings = {trained} and the model's rope "
             f"type is `dynamic`, whose frequencies there depend on the final length; shorten the "
             f"sequences or set rope_scaling to `yarn` or `linear` in config.json."
         )
+    return positions
+
+
+def _nan_from(positions: Tensor, trained: int) -> Tensor:
+    return positions.to(torch.float32).masked_fill(positions >= trained, torch.nan)
 
 
 def _drop_tied_head(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:

@@ -23,9 +23,9 @@ from torch import Tensor
 from rmr1 import _C
 from rmr1.kernels.dispatch import choose
 
-# Keys of a block on a CPU are padded to a multiple of this: floats of an AVX-512 register.
+# Keys of a block on a CPU are padded to a multiple of this: floats of an AVX-512 register. The
+# native attention reads so many at a time, from any key on, so as much has to lie behind the last.
 LANES = 16
-_CACHE_LINE = 64  # bytes
 
 
 def new_cache(
@@ -104,14 +104,18 @@ def kv_store(
 
 
 def native_layout(key_cache: Tensor, value_cache: Tensor) -> bool:
-    """Whether a layer's caches lie as the native kernels want them: as `new_cache` makes them."""
-    _, size, heads, dim = key_cache.shape
+    """Whether a layer's caches lie as the native kernels want them: as `new_cache` makes them, with
+    room behind the last keys, which others' memory may lack.
+    """
+    blocks, size, heads, dim = key_cache.shape
     padded = _padded(size)
+    end = key_cache.storage_offset() + blocks * heads * dim * padded + LANES
     return (
         key_cache.device.type == "cpu"
         and dim > 1  # DLPack, the way into C++, does not tell the stride of an axis of one
         and key_cache.stride() == (heads * dim * padded, 1, dim * padded, padded)
         and value_cache.stride() == (heads * size * dim, dim, size * dim, 1)
+        and key_cache.untyped_storage().nbytes() >= end * key_cache.itemsize
     )
 
 
@@ -153,15 +157,16 @@ def _padded(block_size: int) -> int:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros on a CPU that take memory page by page, as they are written; with a cache line more at
-    the end, since a vector of the last keys may reach past them.
+    """Zeros on a CPU that take memory page by page, as they are written; with room for one more
+    vector in the storage (`native_layout`).
 
     Not through numpy, which asks for huge pages: a cache in use here and there then takes several
     times the memory, and every new page is a pause of a millisecond (docs/results.md).
     """
-    size = math.prod(shape) * dtype.itemsize
-    pages = mmap.mmap(-1, size + _CACHE_LINE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=dtype, count=math.prod(shape)).view(shape)
+    count = math.prod(shape)
+    size = (count + LANES) * dtype.itemsize
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype)[:count].view(shape)
 
 
 def _check(

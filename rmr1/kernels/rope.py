@@ -32,7 +32,9 @@ class RopeScaling:
     `dynamic` depends on the length a sequence will have in the end: up to the trained length its
     frequencies are the default ones. Beyond it they would have to change while keys are already
     cached and would differ between the sequences of one packed batch, so here that is an error of
-    the model (`CausalLM.forward`), not a silent approximation.
+    the model (`CausalLM.forward`), not a silent approximation. On a GPU, whose positions are not
+    read, hidden states become NaN instead; whoever makes sequences knows their lengths and refuses
+    those that are too long (the generator, `rmr1 logprobs`, the trainers).
     """
 
     kind: RopeKind = "default"
@@ -89,8 +91,8 @@ def rope_tables(
 ) -> tuple[Tensor, Tensor]:
     """Return cos and sin of every token's angles, each [T, 1, D/2] in `dtype`.
 
-    positions: [T] integers; frequencies: fp32 [D/2]. Angles are taken in fp32: in a 16-bit dtype
-    positions past a few hundred would already collide.
+    positions: [T], whole numbers or NaN; frequencies: fp32 [D/2]. Angles are taken in fp32: in a
+    16-bit dtype positions past a few hundred would already collide.
     """
     angles = positions.to(torch.float32)[:, None] * frequencies  # [T, D/2]
     cos, sin = angles.cos() * attention_factor, angles.sin() * attention_factor

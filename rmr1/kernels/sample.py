@@ -24,9 +24,9 @@ Splittable Pseudorandom Number Generators" (2014), for SplitMix64.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -178,16 +178,18 @@ def _check(logits: Tensor, keys: Tensor, settings: dict[str, Tensor]) -> None:
 
 
 def _check_values(temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> None:
-    """As lists: for a row or two, that is sooner done than eight calls into torch."""
-    columns = (x.tolist() for x in (temperature, top_k, top_p, min_p))
-    for row, (t, k, p, m) in enumerate(zip(*columns, strict=True)):
-        if 0 <= t < math.inf and k >= 0 and 0 < p <= 1 and 0 <= m <= 1:
-            continue
-        for name, value, good, words in (
-            ("temperature", t, 0 <= t < math.inf, "finite and at least 0"),
-            ("top_k", k, k >= 0, "at least 0"),
-            ("top_p", p, 0 < p <= 1, "above 0 and at most 1"),
-            ("min_p", m, 0 <= m <= 1, "between 0 and 1"),
-        ):
-            if not good:
-                raise ValueError(f"sample: {name} must be {words}, got {value} in row {row}.")
+    """In numpy, whose calls on a few numbers cost less than torch's."""
+    t, k, p, m = (x.detach().numpy() for x in (temperature, top_k, top_p, min_p))
+    good = (t >= 0) & (t < np.inf) & (k >= 0) & (p > 0) & (p <= 1) & (m >= 0) & (m <= 1)
+    if good.all():
+        return
+    row = int(good.argmin())  # the first bad one
+    t, k, p, m = (x[row].item() for x in (t, k, p, m))
+    for name, value, fine, words in (
+        ("temperature", t, 0 <= t < np.inf, "finite and at least 0"),
+        ("top_k", k, k >= 0, "at least 0"),
+        ("top_p", p, 0 < p <= 1, "above 0 and at most 1"),
+        ("min_p", m, 0 <= m <= 1, "between 0 and 1"),
+    ):
+        if not fine:
+            raise ValueError(f"sample: {name} must be {words}, got {value} in row {row}.")
