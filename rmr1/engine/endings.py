@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rmr1.engine.config_json import end_token_ids, read_json
-from rmr1.engine.detokenize import StopStrings
+from rmr1.engine.detokenize import StopStrings, TokenTexts
 from rmr1.engine.model_config import ModelConfig
 from rmr1.engine.sampling import SamplingParams
 
-# Bits of what a token may mean: it ends a sample; a stop string may be complete with it.
-ENDS, MAY_END = 1, 2
+# Bits of what a token may mean: it ends a sample; a stop string may be complete with it, with
+# ONLY_AFTER only if the token before it has BEFORE.
+ENDS, MAY_END, ONLY_AFTER, BEFORE = 1, 2, 4, 8
+
+# Settings whose tables are kept, the ones used last: a service may see ever new ones. Requests hold
+# their own tables as long as they live.
+_KEPT = 32
 
 
 class Endings:
@@ -22,8 +28,8 @@ class Endings:
     def __init__(self, config: ModelConfig, tokenizer: Any) -> None:
         self._words, self._tokenizer = config.vocab_size, tokenizer
         self._own = _end_tokens(config, tokenizer)
-        self._stops: dict[tuple[str, ...], StopStrings] = {}
-        self._flags: dict[tuple[Any, ...], np.ndarray] = {}
+        self._stops = lru_cache(_KEPT)(self._make_stops)
+        self._flags = lru_cache(_KEPT)(self._make_flags)
 
     def tokens(self, params: SamplingParams) -> list[int]:
         """Every token that ends a sample."""
@@ -32,21 +38,32 @@ class Endings:
 
     def flags(self, params: SamplingParams) -> np.ndarray:
         """What each token may mean, [V] uint8; the same array for the same settings."""
-        key = (params.stop, params.stop_token_ids, params.ignore_eos)
-        if key not in self._flags:
-            flags = np.zeros(self._words, dtype=np.uint8)
-            flags[[token for token in self.tokens(params) if token < self._words]] |= ENDS
-            stops = self.stops(params)
-            if stops is not None:
-                flags[stops.may_end] |= MAY_END
-            self._flags[key] = flags
-        return self._flags[key]
+        return self._flags(params.stop, params.stop_token_ids, params.ignore_eos)
 
     def stops(self, params: SamplingParams) -> StopStrings | None:
         """The matcher of the stop strings, if there are any."""
-        if params.stop and params.stop not in self._stops:
-            self._stops[params.stop] = StopStrings(self._tokenizer, params.stop, self._words)
-        return self._stops.get(params.stop)
+        return self._stops(params.stop) if params.stop else None
+
+    @cached_property
+    def _texts(self) -> TokenTexts:
+        """Made when a stop string is first seen: it takes about 10 us a token."""
+        return TokenTexts(self._tokenizer, self._words)
+
+    def _make_stops(self, stop: tuple[str, ...]) -> StopStrings:
+        return StopStrings(self._tokenizer, stop, self._words, self._texts)
+
+    def _make_flags(
+        self, stop: tuple[str, ...], stop_token_ids: tuple[int, ...], ignore_eos: bool
+    ) -> np.ndarray:
+        params = SamplingParams(stop=stop, stop_token_ids=stop_token_ids, ignore_eos=ignore_eos)
+        flags = np.zeros(self._words, dtype=np.uint8)
+        flags[[token for token in self.tokens(params) if token < self._words]] |= ENDS
+        stops = self.stops(params)
+        if stops is not None:
+            flags[stops.may_end] |= MAY_END
+            flags[stops.only_after] |= ONLY_AFTER
+            flags[stops.before] |= BEFORE
+        return flags
 
 
 def _end_tokens(config: ModelConfig, tokenizer: Any) -> set[int]:

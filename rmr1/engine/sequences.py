@@ -13,6 +13,7 @@ import numpy as np
 
 from rmr1.engine.block_pool import block_digests
 from rmr1.engine.detokenize import StopStrings
+from rmr1.engine.endings import BEFORE, ENDS, MAY_END, ONLY_AFTER
 from rmr1.engine.sampling import SamplingParams, sequence_key
 
 Array = np.ndarray
@@ -102,9 +103,9 @@ class Rows:
         self.min_p = np.zeros(rows, dtype=np.float32)
         self.tokens = np.empty((rows, 0), dtype=np.int64)
         self.logprobs = np.empty((2, rows, 0), dtype=np.float32)  # full, and sampled, distribution
-        # What tokens mean differs between requests: the tables in use, and which a row uses.
-        self._flag_tables: list[Array] = []
-        self._flag_table = np.zeros(rows, dtype=np.int64)
+        # What tokens mean differs between requests: the tables in use by id, and which a row uses.
+        self._flag_tables: dict[int, Array] = {}
+        self._flag_table = np.zeros(rows, dtype=np.int64)  # 0: none
         self._free = list(range(rows - 1, -1, -1))
 
     @property
@@ -124,7 +125,9 @@ class Rows:
         self.count[row] = drawn
         self.limit[row] = params.max_new_tokens
         self.keys[row] = sequence.key
-        self._flag_table[row] = self._table_index(sequence.request.flags)
+        table = sequence.request.flags
+        self._flag_tables[id(table)] = table
+        self._flag_table[row] = id(table)
         self.temperature[row] = params.temperature
         self.top_k[row], self.top_p[row], self.min_p[row] = params.top_k, params.top_p, params.min_p
         self.tokens[row, :drawn] = sequence.tokens
@@ -141,6 +144,10 @@ class Rows:
         sequence.logprobs = self.logprobs[:, row, :drawn].copy()
         sequence.row = -1
         self.sequences[row] = None
+        self._flag_table[row] = 0
+        table = id(sequence.request.flags)
+        if not (self._flag_table == table).any():
+            del self._flag_tables[table]
         self._free.append(row)
         return sequence
 
@@ -158,24 +165,16 @@ class Rows:
         self.known[rows] += 1
 
     def flags(self, rows: Array, tokens: Array) -> Array:
-        """`Request.flags` of a token in each of these rows: [B], [B] -> [B] uint8."""
-        tables = self._flag_tables
-        if len(tables) == 1:
-            return tables[0][tokens]
+        """What the tokens that these rows drew last mean, ENDS and MAY_END: [B] -> [B] uint8."""
+        before = self.tokens[rows, np.maximum(self.count[rows] - 2, 0)]
+        if len(self._flag_tables) == 1:
+            [table] = self._flag_tables.values()
+            return _meaning(table, tokens, before)
         found = np.empty(len(rows), dtype=np.uint8)
-        for index in np.unique(self._flag_table[rows]):
-            here = self._flag_table[rows] == index
-            found[here] = tables[index][tokens[here]]
+        for number in np.unique(self._flag_table[rows]):
+            here = self._flag_table[rows] == number
+            found[here] = _meaning(self._flag_tables[int(number)], tokens[here], before[here])
         return found
-
-    def _table_index(self, flags: Array) -> int:
-        if self.free + 1 == self.capacity:  # the first row in use: nobody uses the tables of before
-            self._flag_tables.clear()
-        for index, table in enumerate(self._flag_tables):
-            if table is flags:
-                return index
-        self._flag_tables.append(flags)
-        return len(self._flag_tables) - 1
 
     def add_blocks(self, row: int, blocks: list[int]) -> None:
         """Append to the table of a row."""
@@ -189,3 +188,10 @@ class Rows:
             more = ((0, 0), (0, width - have))
             self.tokens = np.pad(self.tokens, more)
             self.logprobs = np.pad(self.logprobs, ((0, 0), *more))
+
+
+def _meaning(flags: Array, tokens: Array, before: Array) -> Array:
+    """ENDS and MAY_END of tokens [B], by a table of flags [V] and the tokens before them [B]."""
+    found = flags[tokens]
+    alone = (found & ONLY_AFTER != 0) & (flags[before] & BEFORE == 0)
+    return np.where(alone, found & ENDS, found & (ENDS | MAY_END))
