@@ -181,10 +181,8 @@ void rmr1_bind_generation(nb::module_& m) {
         [](const nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>& bytes,
            int threads) { return rmr1::checksum(bytes.data(), size(bytes, 0), threads); },
         array("bytes"), nb::arg("threads"), unlocked);
-    // Weights may be converted: where a model's dtype has changed, Generation.rebind makes a decoder
-    // that its generator then drops.
     nb::class_<NativeDecoder>(m, "Decoder")
-        .def("__init__", &make_decoder, nb::arg("sizes"), nb::arg("eps"), nb::arg("weights"))
+        .def("__init__", &make_decoder, nb::arg("sizes"), nb::arg("eps"), array("weights"))
         .def("run", &run_decoder, array("tokens"), array("positions"), array("slots"),
              array("block_tables"), array("context_lengths"), array("query_starts"), array("cos"),
              array("sin"), array("keys"), array("values"), array("wanted"), array("hidden"),

@@ -59,7 +59,8 @@ private:
     std::vector<DecoderLayer> layers_;
     const float *embedding_, *final_norm_;
     AttentionPlan plan_;
-    // Buffers for `rows_` tokens, kept from step to step.
+    // Buffers for `rows_` tokens, kept from step to step. They grow as vectors do: ever more rows mean
+    // few moves.
     std::int64_t rows_ = 0;
     std::vector<float> x_, normed_, packed_, q_, k_, v_, mixed_, gate_, up_, cos_, sin_, scratch_;
     std::array<double, phases> seconds_{};

@@ -6,15 +6,17 @@ that would be captured, run anew over the same buffers, which is what a replay d
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rmr1.engine.cache_plan import CachePlan
-from rmr1.engine.cuda_graphs import DecodeGraphs, buckets
+from rmr1.engine.cuda_graphs import DecodeGraphs, buckets, structure
 from rmr1.engine.kv_cache import PagedCache
 from rmr1.engine.model import CausalLM, ModelConfig
 from rmr1.engine.scheduler import Step
@@ -213,39 +215,169 @@ class Eager:
         self.hidden.copy_(self.graphs.forward(self.size))
 
 
+class Replaying:
+    """A model, its graphs in a `TorchStep`, and the sizes that have been captured."""
+
+    def __init__(self, model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.model = CausalLM(CONFIG)
+        self.model.load_state_dict(model.state_dict())
+        cache, self.other = make_cache(self.model), make_cache(self.model)
+        self.graphs, self.captured = graphs_of(self.model, cache), list[int]()
+        self.step = TorchStep(self.model, cache, ROWS, WIDTH)
+        self.step._graphs = self.graphs
+        monkeypatch.setattr(self.graphs, "_capture", self.capture)
+
+    def capture(self, size: int) -> tuple[Eager, Tensor]:
+        self.captured.append(size)
+        graph = Eager(self.graphs, size)
+        return graph, graph.hidden
+
+    def check(self, contexts: list[int]) -> Tensor:
+        step = decoding(contexts, seed=len(contexts))
+        found, wanted = self.step(step), expected(self.model, step, self.other)
+        assert found.shape == wanted.shape
+        assert torch.allclose(found, wanted, atol=1e-5)
+        return found.clone()
+
+
 def test_a_graph_a_bucket_until_the_weights_move(
     model: CausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = CausalLM(CONFIG)
-    own.load_state_dict(model.state_dict())
-    cache, other = make_cache(own), make_cache(own)
-    graphs, captured = graphs_of(own, cache), list[int]()
-
-    def capture(size: int) -> tuple[Eager, Tensor]:
-        captured.append(size)
-        graph = Eager(graphs, size)
-        return graph, graph.hidden
-
-    monkeypatch.setattr(graphs, "_capture", capture)
-
-    def check(contexts: list[int]) -> None:
-        step = decoding(contexts, seed=len(contexts))
-        found, wanted = graphs.run(step), expected(own, step, other)
-        assert found.shape == wanted.shape
-        assert torch.allclose(found, wanted, atol=1e-5)
-
+    replaying = Replaying(model, monkeypatch)
+    own, check, captured = replaying.model, replaying.check, replaying.captured
     with torch.inference_mode():
         for count in (3, 4, 1, 3, 17, 20, 9, 16):
             check([2 + count] * min(count, 6) + [3] * max(0, count - 6))
         assert captured == [4, 1, 20, 16]
         # Written in place: the same graphs read the new weights.
         own.model.norm.weight.data.mul_(-2.0)
+        replaying.step.rebind()
         check([5, 6, 7])
         assert captured == [4, 1, 20, 16]
         # Other memory: a graph would go on reading the old.
         for parameter in own.parameters():
             parameter.data = parameter.data * 0.5
+        replaying.step.rebind()
         check([5, 6, 7])
         check([5, 6, 7, 8])
         check([5])
         assert captured == [4, 1, 20, 16, 4, 1]
+
+
+class Adapter(nn.Linear):
+    """A projection with something beside it, as LoRA's, that can be switched off."""
+
+    disabled = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + (0.0 if self.disabled else x[..., :1])
+
+
+class Wrapper(nn.Module):
+    """An adapter around a projection, with no parameter of its own."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.base(x)
+
+
+def adapted(model: Any) -> None:
+    model.model.layers[1].self_attn.q_proj.__class__ = Adapter
+
+
+def wrapped(model: Any) -> None:
+    attention = model.model.layers[0].self_attn
+    attention.v_proj = Wrapper(attention.v_proj)
+
+
+def own_forward(model: Any) -> None:
+    model.model.layers[0].mlp.forward = lambda x: x
+
+
+def other_buffer(model: Any) -> None:
+    model.model.register_buffer("scale", torch.ones(1))
+
+
+@pytest.mark.parametrize("change", [adapted, wrapped, own_forward, other_buffer])
+def test_other_modules_are_captured_anew(
+    model: CausalLM, change: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replaying = Replaying(model, monkeypatch)
+    with torch.inference_mode():
+        before = replaying.check([15, 6, 7])
+        change(replaying.model)
+        replaying.step.rebind()
+        after = replaying.check([15, 6, 7])
+        assert replaying.captured == [4, 4]
+        replaying.step.rebind()  # nothing has changed
+        replaying.check([15, 6, 7])
+        assert replaying.captured == [4, 4]
+    assert torch.allclose(before, after, atol=0.01) == (change is other_buffer)
+
+
+def test_a_switch_is_noticed(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    replaying = Replaying(model, monkeypatch)
+    adapted(replaying.model)
+    layer: Any = replaying.model.model.layers[1]
+    found = []
+    with torch.inference_mode():
+        for disabled in (False, True, True, False):
+            layer.self_attn.q_proj.disabled = disabled
+            replaying.step.rebind()
+            found.append(replaying.check([19, 13]))
+    assert replaying.captured == [2, 2, 2]
+    assert torch.equal(found[1], found[2])
+    assert not torch.allclose(found[0], found[1], atol=0.01)
+
+
+@pytest.mark.parametrize("outside", [True, False])
+def test_a_model_with_hooks_is_not_captured(
+    model: CausalLM, outside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replaying, seen = Replaying(model, monkeypatch), list[int]()
+    own: Any = replaying.model
+
+    def double(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        seen.append(len(output))
+        return 2 * output
+
+    with torch.inference_mode():
+        before = replaying.check([5, 6, 7])
+        hook = (own if outside else own.model.layers[0].mlp).register_forward_hook(double)
+        replaying.step.rebind()
+        hooked = replaying.check([5, 6, 7])
+        replaying.check([5, 6, 7, 8, 9])
+        assert replaying.captured == [4]
+        assert seen == [3, 3, 5, 5]  # the yardstick has it too
+        hook.remove()
+        replaying.step.rebind()
+        assert torch.allclose(replaying.check([5, 6, 7]), before, atol=1e-5)
+    assert replaying.captured == [4, 4]
+    assert not torch.allclose(hooked, before, atol=0.01)
+    assert len(seen) == 4
+
+
+def test_structure(model: CausalLM) -> None:
+    own: Any = CausalLM(CONFIG)
+    before = structure(own)
+    own.load_state_dict(model.state_dict())
+    own.requires_grad_(False)
+    assert structure(own) == before
+    assert structure(model) != before
+    first = own.model.norm.register_forward_pre_hook(lambda module, args: None)
+    hooked = structure(own)
+    assert hooked != before
+    first.remove()
+    assert structure(own) == before
+    second = own.model.norm.register_forward_pre_hook(lambda module, args: args)
+    assert structure(own) != hooked  # another hook in its place
+    second.remove()
+    own.model.norm.eval()
+    assert structure(own) != before
+    own.train()
+    assert structure(own) == before
+    own.model.layers[0].mlp = type(own.model.layers[0].mlp)(CONFIG)  # alike, and another one
+    assert structure(own) != before

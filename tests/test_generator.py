@@ -18,11 +18,14 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from rmr1.engine import generation
 from rmr1.engine.attention import PackedAttention
-from rmr1.engine.cache_plan import plan_cache
+from rmr1.engine.cache_plan import bytes_per_token, plan_cache
 from rmr1.engine.detokenize import StopStrings
 from rmr1.engine.generator import Generator, Rollout, SamplingParams
+from rmr1.engine.kv_cache import cache_dtype
 from rmr1.engine.model import CausalLM, ModelConfig
+from rmr1.kernels import kv_store, paged_attention, sample
 from rmr1.kernels.token_logprob import token_logprobs
 
 VOCABULARY = 300
@@ -246,6 +249,157 @@ def test_training_goes_on_after_generation_with_the_new_weights(tokenizer: Any) 
     expected = Generator(fresh, tokenizer).generate(prompts, params)
     assert after == expected
     assert after != before
+
+
+# --- 16 bits on a CPU ----------------------------------------------------------------------------
+
+
+def exact_logprobs(model: CausalLM, ids: list[int]) -> torch.Tensor:
+    """Of every token after each of these but the last, in fp64 on the same weights: [T - 1, V]."""
+    exact = CausalLM(model.config).double()
+    exact.load_state_dict(model.state_dict())
+    tokens = torch.tensor(ids[:-1])
+    with torch.no_grad():
+        hidden = exact(tokens, torch.arange(len(tokens)), PackedAttention([len(tokens)]))
+        return (hidden @ exact.lm_head_weight.T).log_softmax(-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_16_bits_on_a_cpu(
+    family: str, dtype: torch.dtype, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error may be twice that of the packed forward in the same dtype, which is uncached."""
+    torch.manual_seed(3)
+    config = ModelConfig.from_dict(FAMILIES[family]().config.to_dict())
+    model = CausalLM(config).to(dtype)
+    generator, prompts = Generator(model, tokenizer), make_prompts(6)
+    with monkeypatch.context() as native:
+        for module in (kv_store, paged_attention, sample):
+            native.setattr(module, "reference", None)
+        outputs = generator.generate(prompts, SamplingParams(temperature=0, max_new_tokens=12))
+    inside = generator._generation
+    assert inside is not None
+    assert not inside.native
+    assert inside.cache.keys.dtype == torch.float32
+    error = yardstick = short = 0.0
+    for prompt, [rollout] in zip(prompts, outputs, strict=True):
+        exact = exact_logprobs(model, prompt + rollout.token_ids)[len(prompt) - 1 :]
+        drawn = exact.gather(1, torch.tensor(rollout.token_ids)[:, None]).squeeze(1)
+        packed = packed_logprobs(model, prompt, rollout, 1.0)
+        error = max(error, float((torch.tensor(rollout.logprobs) - drawn).abs().max()))
+        yardstick = max(yardstick, float((packed - drawn).abs().max()))
+        short = max(short, float((exact.amax(1) - drawn).max()))
+    assert 1e-4 < yardstick < 0.5
+    assert error <= 2 * yardstick
+    assert short <= 4 * yardstick  # the best token, but for the errors of two
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_cache_is_as_large_as_its_dtype_says(dtype: torch.dtype, model: CausalLM) -> None:
+    weight = torch.empty(1, dtype=dtype)
+    wide = torch.float32 if dtype == torch.bfloat16 else dtype
+    assert cache_dtype(weight) == wide
+    assert cache_dtype(weight.to("meta")) == dtype
+    assert bytes_per_token(model.config, cache_dtype(weight)) == 2 * 2 * 2 * 8 * wide.itemsize
+
+
+# --- What is kept from step to step --------------------------------------------------------------
+
+
+def test_what_is_drawn_lies_in_memory_of_its_own(
+    model: CausalLM, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The logits' memory is one for all steps, and what users get is not in it."""
+    prompts, params = make_prompts(8), SamplingParams(n=2, max_new_tokens=12, top_k=40)
+    plain = Generator(model, tokenizer).generate(prompts, params)
+    places, rows = set[int](), 0
+    draw = generation.Generation._draw
+
+    def spoiled(self: generation.Generation, step: Any, hidden: torch.Tensor) -> Any:
+        nonlocal rows
+        drawn = draw(self, step, hidden)
+        if len(step.rows):
+            places.add(self._logits_memory.data_ptr())
+            rows = max(rows, len(step.rows))
+        self._logits_memory.fill_(torch.nan)
+        hidden.fill_(torch.nan)
+        return drawn
+
+    monkeypatch.setattr(generation.Generation, "_draw", spoiled)
+    generator = Generator(model, tokenizer)
+    first = generator.generate(prompts, params)
+    second = generator.generate(prompts, params)
+    assert first == second == plain
+    assert rows == 16
+    assert len(places) == 1
+    # In several pieces, each of which overwrites the one before.
+    monkeypatch.setitem(generation._LOGITS, "cpu", 3 * VOCABULARY)
+    generator = Generator(model, tokenizer)
+    assert generator.generate(prompts, params) == plain
+    inside = generator._generation
+    assert inside is not None
+    assert inside._logits_memory.numel() == 3 * VOCABULARY
+
+
+# --- Adapters and hooks --------------------------------------------------------------------------
+
+
+class Adapter(torch.nn.Linear):
+    """A projection with something beside it, as LoRA's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + x.roll(1, -1)[..., : self.out_features]
+
+
+def adapted(model: Any) -> None:
+    model.model.layers[0].self_attn.v_proj.__class__ = Adapter
+
+
+def hooked(model: Any) -> None:
+    model.model.layers[0].register_forward_hook(lambda module, args, output: -output)
+
+
+@pytest.mark.parametrize("change", [adapted, hooked])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_cached_outlives_a_change_of_the_modules(
+    model: CausalLM, tokenizer: Any, change: Any, dtype: torch.dtype
+) -> None:
+    """Computed in C++ before, or through modules as on a GPU; afterwards through modules."""
+    own, other = CausalLM(model.config).to(dtype), CausalLM(model.config).to(dtype)
+    for one in (own, other):
+        one.load_state_dict(model.state_dict())
+    prompts, params = [[7] * 50], SamplingParams(temperature=0, max_new_tokens=8)
+    generator = Generator(own, tokenizer)
+    before = generator.generate(prompts, params)
+    for one in (own, other):
+        change(one)
+    after = generator.generate(prompts, params)
+    assert after == Generator(other, tokenizer).generate(prompts, params)
+    assert after[0][0].logprobs != before[0][0].logprobs
+    kept = generator._generation
+    assert generator.generate(prompts, params)[0][0].token_ids == after[0][0].token_ids
+    assert generator._generation is kept
+
+
+def test_an_adapter_that_comes_while_samples_run(model: CausalLM, tokenizer: Any) -> None:
+    own, other = CausalLM(model.config), CausalLM(model.config)
+    for one in (own, other):
+        one.load_state_dict(model.state_dict())
+    adapted(other)
+    prompts, params = make_prompts(3), SamplingParams(temperature=0, max_new_tokens=20)
+    wanted = Generator(other, tokenizer).generate(prompts, params)
+    generator = Generator(own, tokenizer)
+    stream = generator.stream(prompts, params)
+    for _ in range(5):
+        generator._step()
+    adapted(own)
+    generator.sync(own)  # they begin anew
+    found = {one.prompt: one.rollout.token_ids for one in stream}
+    assert [found[prompt] for prompt in range(3)] == [group[0].token_ids for group in wanted]
+    assert found[0] != Generator(model, tokenizer).generate(prompts, params)[0][0].token_ids
+    assert generator._generation is not None
+    assert not generator._generation.native
 
 
 def test_stop_token_is_in_the_ids_and_not_in_the_text() -> None:

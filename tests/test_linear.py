@@ -120,6 +120,53 @@ def test_no_inputs(isa: str) -> None:
     assert torch.equal(linear(x, weight, bias), bias.expand(40, -1))
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_into_given_memory(backend: Any, isa: str) -> None:
+    x, weight, bias = operands(64, rows=33)
+    memory = torch.full((40, 130), torch.nan)
+    out = memory[:33]
+    with use(backend):
+        for given in (None, bias):
+            assert linear(x, weight, given, out=out) is out
+            assert torch.equal(out, linear(x, weight, given))
+        assert memory[33:].isnan().all()
+        assert not out.requires_grad
+        assert linear(x[:0], weight, out=memory[:0]).shape == (0, 130)
+
+
+def test_no_inputs_into_given_memory() -> None:
+    out = torch.full((33, 130), torch.nan)
+    linear(torch.empty(33, 0), torch.empty(130, 0), out=out)
+    assert torch.equal(out, torch.zeros(33, 130))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_into_given_memory(dtype: torch.dtype) -> None:
+    x, weight, bias = (one.to(dtype) for one in operands(64, rows=9))
+    wanted = torch_linear(x, weight, bias)
+    for wide in (dtype, torch.float32):
+        out = torch.empty(9, 130, dtype=wide)
+        assert linear(x, weight, bias, out=out) is out
+        assert torch.equal(out, wanted.to(wide))
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_bad_memory(backend: Any) -> None:
+    x, weight = torch.zeros(3, 4), torch.zeros(5, 4)
+    cases: list[tuple[Tensor, str]] = [
+        (torch.zeros(3, 4), r"\[3, 5\] in .*float32.* got \[3, 4\]"),
+        (torch.zeros(15), r"got \[15\]"),
+        (torch.zeros(3, 5, dtype=torch.float64), "in torch.float64"),
+        (torch.zeros(3, 5, dtype=torch.bfloat16), "in torch.bfloat16"),
+        (torch.zeros(3, 5, device="meta"), "on meta"),
+        (torch.zeros(5, 3).t(), r"strides \[1, 3\]"),
+        (torch.zeros(3, 5, requires_grad=True), "without a gradient"),
+    ]
+    for out, words in cases:
+        with use(backend), pytest.raises(ValueError, match=f"^linear: out must be .*{words}"):
+            linear(x, weight, out=out)
+
+
 def test_there_is_no_gradient() -> None:
     x, weight, bias = (one.requires_grad_() for one in operands(5))
     for found in (linear(x, weight, bias), linear(x.double(), weight.double())):

@@ -23,7 +23,7 @@ from rmr1.engine.native_step import NativeStep
 from rmr1.engine.sampling import SamplingParams
 from rmr1.engine.scheduler import Scheduler, Step
 from rmr1.engine.sequences import Request, Rows, new_sequences
-from rmr1.engine.torch_step import TorchStep
+from rmr1.engine.torch_step import PagedAttend, Part, TorchStep
 from rmr1.kernels.dispatch import use
 
 VOCABULARY = 61
@@ -211,7 +211,7 @@ def test_threads_change_nothing() -> None:
             for _ in range(4):
                 steps.add_any()
             step_of = NativeStep(model, PagedCache(model.config, steps.plan, model.lm_head_weight))
-            found.append([step_of(step) for step in steps])
+            found.append([step_of(step).clone() for step in steps])
     finally:
         torch.set_num_threads(before)
     assert len(found[0]) > 5
@@ -224,7 +224,7 @@ def test_it_reads_the_parameters_where_they_lie() -> None:
     steps.add(steps.tokens(9), n=1, new=1)
     step = steps.next()
     native = NativeStep(model, PagedCache(model.config, steps.plan, model.lm_head_weight))
-    before = native(step)
+    before = native(step).clone()
     assert torch.equal(native(step), before)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -235,6 +235,57 @@ def test_it_reads_the_parameters_where_they_lie() -> None:
     assert torch.equal(fresh(step), after)
     assert all(seconds > 0 for seconds in native.seconds().values())
     assert len(native.seconds()) == 4
+
+
+def test_the_hidden_states_have_one_memory() -> None:
+    """It grows with the rows, by more than is asked for, and is then kept."""
+    model, steps = make_model("llama"), Steps(9, blocks=120, size=4)
+    native = NativeStep(model, PagedCache(model.config, steps.plan, model.lm_head_weight))
+    other = NativeStep(model, PagedCache(model.config, steps.plan, model.lm_head_weight))
+    places = []
+    for number in range(30):
+        if number < 8:
+            steps.add(steps.tokens(6), n=1, new=40)
+        step = steps.next()
+        found = native(step)
+        other._hidden = torch.empty(0, 50)
+        assert torch.equal(found, other(step))
+        if len(found):
+            places.append((found.data_ptr(), len(found)))
+    assert [count for _, count in places][-8:] == [8] * 8
+    assert len({place for place, _ in places}) == 4  # 1, 2, 4 and 8 rows
+    assert len({place for place, _ in places[-20:]}) == 1
+
+
+# --- Attention of the torch step -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_in_16_bits_is_the_native_one(dtype: torch.dtype) -> None:
+    """Both compute in fp32 and round once."""
+    model, steps = copy_of(make_model("llama"), dtype), Steps(2, blocks=40, size=4)
+    for _ in range(3):
+        steps.add_any()
+    caches = [PagedCache(model.config, steps.plan, model.lm_head_weight) for _ in range(2)]
+    for step in steps:
+        count = len(step.tokens)
+        q, k, v = (torch.randn(count, heads, 8).to(dtype) for heads in (6, 2, 2))
+        starts = torch.from_numpy(step.starts)
+        tables, contexts = torch.from_numpy(step.tables), torch.from_numpy(step.contexts)
+        longest = int((starts[1:] - starts[:-1]).max())
+        part = Part(0, count, tables, contexts, starts, longest)
+        found = []
+        for cache, backend in zip(caches, ("native", "reference"), strict=True):
+            cache.copy(step.copies)
+            with use(backend):
+                attend = PagedAttend(cache, torch.from_numpy(step.slots), [part])
+                found.append(attend(1, q, k, v))
+        native, reference = found
+        assert native.dtype == reference.dtype == dtype
+        assert torch.allclose(native, reference, rtol=torch.finfo(dtype).eps, atol=1e-5)
+    assert all(cache.keys.dtype == torch.float32 for cache in caches)
+    assert torch.equal(caches[0].keys, caches[1].keys)
+    assert caches[0].keys[1].any()
 
 
 # --- Which models it computes --------------------------------------------------------------------

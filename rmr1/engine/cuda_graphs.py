@@ -2,19 +2,22 @@
 
 A decoding step launches hundreds of small kernels, which a CPU issues more slowly than a GPU does
 them. A graph replays them in one launch. It reads its inputs from fixed buffers and the weights
-where they are, so that updates in place need no new capture; other memory does. Rows that pad a
-batch to its bucket have slot -1 and context 0, for which the kernels do nothing.
+where they are, so that updates in place need no new capture; other memory does, and so do other
+modules, such as adapters. Rows that pad a batch to its bucket have slot -1 and context 0, for which
+the kernels do nothing. Hooks are Python, which a replay does not run: a model that has any is not
+captured.
 
 **No GPU has run this file.** Its bookkeeping (buckets, padding) is tested on the CPU.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rmr1.engine.kv_cache import PagedCache
 from rmr1.engine.model import Attend, CausalLM
@@ -32,8 +35,29 @@ def buckets(max_rows: int) -> list[int]:
     return [size for size in sizes if size < max_rows] + [max_rows]
 
 
+def structure(model: nn.Module) -> list[Any]:
+    """What a model computes besides its weights, to be compared with `==`: its modules, their own
+    forwards, their hooks and switches (`training`, an adapter's "disabled").
+
+    It walks over all modules, which is too much for every step. Other attributes are not looked at.
+    """
+    return [
+        (
+            weakref.ref(module),  # not its id, which another may get later
+            type(module),
+            vars(module).get("forward"),
+            [*module._forward_hooks, *module._forward_pre_hooks],  # numbers, each given once
+            {name: value for name, value in vars(module).items() if isinstance(value, bool)},
+        )
+        for module in model.modules()
+    ]
+
+
 class DecodeGraphs:
-    """Captured forwards of a decoding step, valid while the parameters stay where they are."""
+    """Captured forwards of a decoding step, of a model as it was when it was last looked at.
+
+    That is before the first step after `rebind`, which whoever changes the model has to call.
+    """
 
     def __init__(
         self,
@@ -53,16 +77,35 @@ class DecodeGraphs:
         self._tables = torch.zeros(max_rows, table_width, dtype=torch.int32, device=device)
         self._starts = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._addresses: list[int] = []
         self._pool: Any = None
+        self._looked, self._hooked = False, False
+        self._key: list[Any] = []
+
+    def rebind(self) -> None:
+        """Look at the model again before the next step."""
+        self._looked = False
+
+    def usable(self) -> bool:
+        """Whether the model is one that can be captured."""
+        self._look()
+        return not self._hooked
+
+    def _look(self) -> None:
+        """Drop the graphs of what the model no longer is."""
+        if self._looked:
+            return
+        modules = list(self._model.modules())
+        tensors = [*self._model.parameters(), *self._model.buffers()]
+        key = [*structure(self._model), *(tensor.data_ptr() for tensor in tensors)]
+        if key != self._key:
+            self._graphs.clear()
+            self._pool = None
+        self._hooked = any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+        self._key, self._looked = key, True
 
     def run(self, step: Step) -> Tensor:
         """Hidden states of the step's rows, [B, H]; valid until the next call."""
-        addresses = [weight.data_ptr() for weight in self._model.parameters()]
-        if addresses != self._addresses:
-            self._graphs.clear()
-            self._pool = None
-            self._addresses = addresses
+        self._look()
         count = len(step.tokens)
         size = next(size for size in self._sizes if size >= count)
         self.fill(step, size)

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from rmr1.engine.block_pool import BlockPool
 from rmr1.engine.cache_plan import CachePlan
+from rmr1.engine.cuda_graphs import structure
 from rmr1.engine.detokenize import decode
 from rmr1.engine.endings import ENDS, MAY_END
-from rmr1.engine.kv_cache import PagedCache, upload
+from rmr1.engine.kv_cache import PagedCache, cache_dtype, upload
 from rmr1.engine.model import CausalLM
 from rmr1.engine.native_step import NativeStep
 from rmr1.engine.sampling import token_keys
@@ -32,6 +33,8 @@ from rmr1.engine.torch_step import TorchStep
 from rmr1.kernels.linear import linear
 from rmr1.kernels.sample import Drawn, sample
 
+# Words of a 16-bit head that a CPU converts at a time.
+_STRIP = 512
 # Logits are made for at most so many words at a time: 64 MB in fp32, on a GPU 1 GB.
 _LOGITS = {"cpu": 1 << 24, "cuda": 1 << 28}
 
@@ -66,13 +69,16 @@ class Generation:
         width = -(-positions // plan.block_size)
         self.cache = PagedCache(model.config, plan, model.lm_head_weight)
         self._width, self._max_tokens = width, max_tokens
-        self._forward: NativeStep | TorchStep = (
-            NativeStep(model, self.cache)
-            if NativeStep.suits(model)
-            else TorchStep(model, self.cache, max_rows, width)
-        )
+        self._structure = structure(model)
+        self._forward = self._make_forward()
+        self._logits_memory = torch.empty(0, dtype=torch.float32, device="cpu")  # of a CPU's steps
         self.spent: defaultdict[str, float] = defaultdict(float)  # seconds, by part of a step
         self.clear()
+
+    def _make_forward(self) -> NativeStep | TorchStep:
+        if NativeStep.suits(self.model):
+            return NativeStep(self.model, self.cache)
+        return TorchStep(self.model, self.cache, self.max_rows, self._width)
 
     @property
     def native(self) -> bool:
@@ -80,19 +86,26 @@ class Generation:
         return isinstance(self._forward, NativeStep)
 
     def fits(self) -> bool:
-        """Whether the model is still what the cache and the forward were made for."""
+        """Whether the model is still what the cache and the forward were made for.
+
+        Weights are not looked at, but what is computed with them: an adapter or a hook more, and
+        nothing that is cached is valid.
+        """
         head = self.model.lm_head_weight
         return (
-            head.dtype == self.cache.keys.dtype
+            cache_dtype(head) == self.cache.keys.dtype
             and head.device == self.cache.keys.device
             and NativeStep.suits(self.model) == self.native
+            and (self.native or structure(self.model) == self._structure)
         )
 
     def rebind(self) -> None:
-        """The parameters may lie elsewhere now."""
-        if isinstance(self._forward, NativeStep):
-            self.spent = self.totals()
-            self._forward = NativeStep(self.model, self.cache)
+        """The parameters may lie elsewhere now, and adapters may have come with new ones."""
+        if isinstance(self._forward, TorchStep) and not NativeStep.suits(self.model):
+            self._forward.rebind()  # its graphs may still be good
+            return
+        self.spent = self.totals()
+        self._forward = self._make_forward()
 
     def totals(self) -> defaultdict[str, float]:
         """Seconds spent by part; `layers` is also there by its own parts, where they are known."""
@@ -114,7 +127,7 @@ class Generation:
 
     def clear(self) -> None:
         """Drop everything that waits, runs or is cached."""
-        self.pool = BlockPool(self.plan.blocks)
+        self.pool = BlockPool(self.plan.blocks, lazy=self.cache.keys.device.type == "cpu")
         self.rows = Rows(self.max_rows, self._width)
         self.scheduler = Scheduler(self.pool, self.rows, self.plan.block_size, self._max_tokens)
 
@@ -149,7 +162,7 @@ class Generation:
         draws = []
         for first in range(0, len(step.wanted), piece):
             began = time.perf_counter()
-            logits = _logits(hidden[first : first + piece], head)  # [<= piece, V]
+            logits = self._logits(hidden[first : first + piece], head)  # [<= piece, V]
             began = self._spend("head", began)
             here = (step.source >= first) & (step.source < first + piece)
             rows, source = step.rows[here], step.source[here] - first
@@ -173,6 +186,30 @@ class Generation:
         result = Drawn(*(torch.cat(column).cpu()[order] for column in columns))
         self._spend("sample", began)
         return result
+
+    def _logits(self, hidden: Tensor, head: Tensor) -> Tensor:
+        """hidden [W, H], head [V, H] -> [W, V]; on a CPU valid until the next call.
+
+        In fp32 whatever the weights are, as the trainer has them: rounded logits are the commonest
+        mismatch between the two.
+        """
+        if hidden.device.type == "cuda" and hidden.dtype != torch.float32:
+            return torch.mm(hidden, head.T, out_dtype=torch.float32)
+        if hidden.device.type != "cpu":
+            return linear(hidden, head)
+        words = len(hidden) * len(head)
+        if self._logits_memory.numel() < words:
+            # Its pages take memory only once they are written.
+            rows = max(len(hidden), min(self.max_rows, _LOGITS["cpu"] // len(head)))
+            self._logits_memory = torch.empty(rows * len(head), dtype=torch.float32, device="cpu")
+        out = self._logits_memory[:words].view(len(hidden), len(head))
+        if hidden.dtype.itemsize > 2:
+            return linear(hidden, head, out=out)
+        hidden = hidden.float()
+        for first in range(0, len(head), _STRIP):
+            strip = head[first : first + _STRIP].float()
+            out[:, first : first + _STRIP] = linear(hidden, strip)
+        return out
 
     def _finish(self, rows: Array, tokens: Array, version: int) -> list[tuple[Sequence, Rollout]]:
         """Take out what is complete after these draws."""
@@ -219,14 +256,3 @@ class Generation:
         now = time.perf_counter()
         self.spent[part] += now - began
         return now
-
-
-def _logits(hidden: Tensor, head: Tensor) -> Tensor:
-    """hidden [W, H], head [V, H] -> [W, V].
-
-    On a GPU in fp32 whatever the weights are, as the trainer has them: rounded logits are the
-    commonest mismatch between the two.
-    """
-    if hidden.device.type == "cuda" and hidden.dtype != torch.float32:
-        return torch.mm(hidden, head.T, out_dtype=torch.float32)
-    return linear(hidden, head)

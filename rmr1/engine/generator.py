@@ -29,6 +29,7 @@ from rmr1.engine.cache_plan import (
 )
 from rmr1.engine.endings import Endings
 from rmr1.engine.generation import Generation, Rollout
+from rmr1.engine.kv_cache import cache_dtype
 from rmr1.engine.model import CausalLM
 from rmr1.engine.rollout_stream import Finished, Piece, RolloutStream
 from rmr1.engine.sampling import SamplingParams
@@ -137,7 +138,8 @@ class Generator:
         From the generator's own model nothing is copied. From another module, a state dict, or
         pairs of name and whole tensor that are made one at a time (of a sharded model), each tensor
         is copied and the copy verified. Whatever was cached is dropped. Samples that are running
-        begin anew, so that each is of one version.
+        begin anew, so that each is of one version. Hooks and adapters that come or go while samples
+        run are noticed here, and between calls.
 
         Raises:
             ValueError: see `copy_weights`.
@@ -282,7 +284,7 @@ class Generator:
         given = self.kv_memory_gb
         plan = plan_cache(
             budget=default_budget(weight.device) if given is None else int(given * 1e9),
-            token_bytes=bytes_per_token(config, weight.dtype),
+            token_bytes=bytes_per_token(config, cache_dtype(weight)),
             block_size=self.block_size,
             most_blocks=rows * blocks_for(config.max_position_embeddings, self.block_size),
         )

@@ -20,8 +20,21 @@ def upload(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
+def cache_dtype(weight: Tensor) -> torch.dtype:
+    """In what keys and values of a model with this head are kept.
+
+    On a CPU weights of 16 bits are no reason to keep keys in 16: its kernels compute in fp32, and
+    would convert the whole context for every token.
+    """
+    narrow = weight.dtype in (torch.float16, torch.bfloat16)
+    return torch.float32 if weight.device.type == "cpu" and narrow else weight.dtype
+
+
 class PagedCache:
-    """Keys and values, each seen as [layers, blocks, block_size, K, D]."""
+    """Keys and values, each seen as [layers, blocks, block_size, K, D].
+
+    `like`: the model's head, see `cache_dtype`.
+    """
 
     def __init__(self, config: ModelConfig, plan: CachePlan, like: Tensor) -> None:
         self.plan = plan
@@ -31,7 +44,7 @@ class PagedCache:
             plan.block_size,
             config.num_key_value_heads,
             config.head_dim,
-            dtype=like.dtype,
+            dtype=cache_dtype(like),
             device=like.device,
         )
 

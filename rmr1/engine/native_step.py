@@ -42,7 +42,8 @@ class NativeStep:
 
     def __init__(self, model: CausalLM, cache: PagedCache) -> None:
         config = model.config
-        self._cache, self._hidden = cache, config.hidden_size
+        self._cache = cache
+        self._hidden = torch.empty(0, config.hidden_size, dtype=torch.float32, device="cpu")
         weights: list[Tensor | None] = [model.model.embed_tokens.weight, model.model.norm.weight]
         for layer in model.model.layers:
             assert isinstance(layer, DecoderLayer)
@@ -65,9 +66,12 @@ class NativeStep:
         self._cos = self._sin = torch.empty(0, config.head_dim // 2, device="cpu")
 
     def __call__(self, step: Step) -> Tensor:
-        """[W, H], after the final norm."""
+        """[W, H], after the final norm; valid until the next call."""
         self._grow_tables(int(step.positions.max()) + 1)
-        hidden = torch.empty(len(step.wanted), self._hidden, dtype=torch.float32, device="cpu")
+        have, count = len(self._hidden), len(step.wanted)
+        if count > have:
+            self._hidden = self._hidden.new_empty(max(count, 2 * have), self._hidden.shape[1])
+        hidden = self._hidden[:count]
         self._cache.copy(step.copies)
         self._decoder.run(
             step.tokens,

@@ -49,6 +49,9 @@ class PagedAttend:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [T, N, D], k and v [T, K, D] -> [T, N, D]."""
         keys, values = self._cache.keys[layer], self._cache.values[layer]
+        dtype = q.dtype
+        if keys.device.type == "cpu":  # where the cache may be wider than the weights
+            q, k, v = (x.to(keys.dtype) for x in (q, k, v))
         kv_store(k, v, keys, values, self._slots)
         outs = [
             paged_attention(
@@ -62,7 +65,7 @@ class PagedAttend:
             )
             for part in self._parts
         ]
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+        return (outs[0] if len(outs) == 1 else torch.cat(outs)).to(dtype)
 
 
 class TorchStep:
@@ -80,8 +83,9 @@ class TorchStep:
     def __call__(self, step: Step) -> Tensor:
         """[W, H], after the final norm."""
         self._cache.copy(step.copies)
+        decoding = step.decoding == len(step.tokens)
         # Forced kernels may be ones that cannot be captured, and are not to be remembered.
-        if self._graphs is not None and step.decoding == len(step.tokens) and not forced():
+        if self._graphs is not None and decoding and not forced() and self._graphs.usable():
             return self._graphs.run(step)
         tokens, positions, slots, wanted = (
             upload(array, self._device)
@@ -89,6 +93,11 @@ class TorchStep:
         )
         attend = PagedAttend(self._cache, slots, self._parts(step))
         return self._model(tokens, positions, attend)[wanted.long()]
+
+    def rebind(self) -> None:
+        """The model has changed, or its parameters lie elsewhere."""
+        if self._graphs is not None:
+            self._graphs.rebind()
 
     def _parts(self, step: Step) -> list[Part]:
         """Decoding sequences, with a query each, and pieces of prompts: each has its kernel."""

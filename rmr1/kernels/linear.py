@@ -19,20 +19,43 @@ from rmr1.kernels.dispatch import choose
 __all__ = ["linear", "reference"]
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None
+) -> Tensor:
     """Multiply rows by a weight matrix, for inference.
 
     Args:
         x: [M, K], a floating dtype; rows at any stride.
         weight: [N, K], contiguous, in the dtype of x.
         bias: [N] or None.
+        out: [M, N], contiguous, in the dtype of x or in fp32: where to write, instead of new
+            memory.
 
     Returns:
-        [M, N] in the dtype of x, without a gradient.
+        [M, N], without a gradient: `out`, or new and in the dtype of x.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not go together.
+        ValueError: shapes, dtypes or devices that do not go together; an `out` that wants a
+            gradient.
     """
+    _check(x, weight, bias)
+    if out is not None:
+        _check_out(out, x, len(weight))
+    with torch.no_grad():
+        # On a GPU torch's own is the one there is, whatever is forced for the ops around it.
+        native = x.dtype == torch.float32 and weight.is_contiguous() and x.shape[1] > 0
+        if x.device.type != "cpu" or choose("linear", x, native=native) != "native":
+            made = reference(x, weight, bias)
+            return made if out is None else out.copy_(made)
+        if out is None:
+            out = x.new_empty(len(x), len(weight))
+        x = x if x.stride(1) == 1 or x.numel() == 0 else x.contiguous()
+        bias = None if bias is None else bias.detach().contiguous()
+        _C.linear(x.detach(), weight.detach(), bias, out, torch.get_num_threads())
+        return out
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     alike = [weight] if bias is None else [weight, bias]
     if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(
@@ -47,15 +70,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
                 f"linear: x, weight and bias must share one floating dtype and a device, got"
                 f" {x.dtype} on {x.device} and {other.dtype} on {other.device}."
             )
-    with torch.no_grad():
-        # On a GPU torch's own is the one there is, whatever is forced for the ops around it.
-        if x.device.type != "cpu":
-            return reference(x, weight, bias)
-        native = x.dtype == torch.float32 and weight.is_contiguous() and x.shape[1] > 0
-        if choose("linear", x, native=native) != "native":
-            return reference(x, weight, bias)
-        out = x.new_empty(len(x), len(weight))
-        x = x if x.stride(1) == 1 or x.numel() == 0 else x.contiguous()
-        bias = None if bias is None else bias.detach().contiguous()
-        _C.linear(x.detach(), weight.detach(), bias, out, torch.get_num_threads())
-        return out
+
+
+def _check_out(out: Tensor, x: Tensor, outputs: int) -> None:
+    if (
+        out.shape != (len(x), outputs)
+        or out.dtype not in (x.dtype, torch.float32)
+        or out.device != x.device
+        or not out.is_contiguous()
+        or out.requires_grad
+    ):
+        raise ValueError(
+            f"linear: out must be contiguous [{len(x)}, {outputs}] in {x.dtype} or float32 on"
+            f" {x.device}, without a gradient, got {list(out.shape)} in {out.dtype} on {out.device}"
+            f" with strides {list(out.stride())}."
+        )
