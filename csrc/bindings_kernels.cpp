@@ -11,6 +11,7 @@
 
 #include "cpu.h"
 #include "group_advantage.h"
+#include "packed_attention.h"
 #include "policy_loss.h"
 #include "rmsnorm.h"
 #include "rope.h"
@@ -156,6 +157,45 @@ void rope(const nb::ndarray<const float, nb::ndim<3>, nb::device::cpu>& x, const
                threads);
 }
 
+using Heads = nb::ndarray<const float, nb::ndim<3>, nb::device::cpu>;
+using OwnHeads = nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+using Table = nb::ndarray<const std::int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+rmr1::PackedAttention attention_of(const Heads& q, const Heads& k, const Heads& v,
+                                   const Table& segments, const Table& groups, float scale) {
+    for (const Heads* x : {&q, &k, &v}) {
+        if (!lies(*x, 2, 1) || !lies(*x, 1, size(*x, 2))) {
+            throw nb::type_error("q, k, v: the heads of a token must be contiguous");
+        }
+    }
+    if (size(segments, 1) != 4 || size(groups, 1) != 2 || size(q, 2) % 8 != 0 ||
+        size(q, 2) > rmr1::packed_attention_widest) {
+        throw nb::type_error("segments [S, 4], groups [G, 2], heads of a multiple of 8 up to 256");
+    }
+    static_assert(sizeof(rmr1::AttentionSegment) == 32 && sizeof(rmr1::AttentionGroup) == 16);
+    return {reinterpret_cast<const rmr1::AttentionSegment*>(segments.data()),
+            reinterpret_cast<const rmr1::AttentionGroup*>(groups.data()),
+            size(groups, 0), size(q, 0), size(q, 1), size(k, 1), size(q, 2),
+            q.data(), k.data(), v.data(), q.stride(0), k.stride(0), v.stride(0), scale};
+}
+
+void packed_attention(const Heads& q, const Heads& k, const Heads& v, const Table& segments,
+                      const Table& groups, float scale, const OwnHeads& out, const Matrix& lse,
+                      int threads) {
+    rmr1::packed_attention(attention_of(q, k, v, segments, groups, scale), out.data(), lse.data(),
+                           threads);
+}
+
+void packed_attention_backward(const OwnHeads& on_out, const Heads& q, const Heads& k,
+                               const Heads& v, const OwnHeads& out, const Matrix& lse,
+                               const Table& segments, const Table& groups, float scale,
+                               const OwnHeads& on_q, const OwnHeads& on_k, const OwnHeads& on_v,
+                               int threads) {
+    rmr1::packed_attention_backward(attention_of(q, k, v, segments, groups, scale), on_out.data(),
+                                    out.data(), lse.data(), on_q.data(), on_k.data(), on_v.data(),
+                                    threads);
+}
+
 }  // namespace
 
 void rmr1_bind_kernels(nb::module_& m) {
@@ -186,4 +226,11 @@ void rmr1_bind_kernels(nb::module_& m) {
           unlocked);
     m.def("rope", &rope, array("x"), array("cos"), array("sin"), array("y"), nb::arg("back"),
           nb::arg("threads"), unlocked);
+    m.def("packed_attention", &packed_attention, array("q"), array("k"), array("v"),
+          array("segments"), array("groups"), nb::arg("scale"), array("out"), array("lse"),
+          nb::arg("threads"), unlocked);
+    m.def("packed_attention_backward", &packed_attention_backward, array("on_out"), array("q"),
+          array("k"), array("v"), array("out"), array("lse"), array("segments"), array("groups"),
+          nb::arg("scale"), array("on_q"), array("on_k"), array("on_v"), nb::arg("threads"),
+          unlocked);
 }

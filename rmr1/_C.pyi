@@ -157,6 +157,36 @@ def swiglu_backward(
 ) -> None:
     """Write the gradients of gate and up, [R, I] each; csrc/swiglu.h."""
 
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Tensor,
+    groups: Tensor,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    threads: int,
+) -> None:
+    """Write attention, [T, N, D], and its log-sum-exp, [T, N]; csrc/packed_attention.h."""
+
+def packed_attention_backward(
+    on_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    segments: Tensor,
+    groups: Tensor,
+    scale: float,
+    on_q: Tensor,
+    on_k: Tensor,
+    on_v: Tensor,
+    threads: int,
+) -> None:
+    """Write the gradients of q, k and v; csrc/packed_attention.h."""
+
 def rmsnorm(
     x: Tensor,
     added: Tensor | None,
