@@ -17,10 +17,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from itertools import groupby
@@ -40,6 +38,7 @@ from generate_workloads import (
     texts,
 )
 from harness import Limits, Row
+from peer_process import ProviderFailed, call
 from rich.console import Console
 from rich.table import Table
 
@@ -52,10 +51,6 @@ NAMES = {"transformers": "transformers generate", "transformers-paged": "transfo
 # Where not all providers run: transformers shares no prompts and takes minutes beyond this.
 MOST_UNSHARED = 16_384  # tokens in all
 YARDSTICK = "GEMM and copy rates"  # of workloads that only rmr1 runs
-
-
-class ProviderFailed(Exception):
-    """A provider's process came to nothing; its sentence is for the user."""
 
 
 # --- Running -------------------------------------------------------------------------------------
@@ -74,20 +69,6 @@ def providers(options: argparse.Namespace, shape: Shape, everyone: bool) -> dict
             found["llama.cpp"] = options.llama_python
     found |= {"rmr1": sys.executable}
     return {name: path for name, path in found.items() if name in options.providers}
-
-
-def call(python: str, job: dict[str, Any]) -> dict[str, Any]:
-    """One process of `generate_peers.py`; ProviderFailed says its last error."""
-    command = [python, str(PEERS), json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()] or ["nothing"]
-        # Warnings of an interpreter that ends may follow.
-        errors = [line for line in said if re.match(r"[\w.]*(Error|Exception)\b", line)]
-        code = f"exit code {done.returncode}"
-        raise ProviderFailed(f"{job['provider']} failed ({code}): {(errors or said)[-1].strip()}")
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
 
 
 def in_turn(
@@ -109,7 +90,7 @@ def in_turn(
         for turn in range(turns):
             for provider in list(results):
                 try:
-                    result = call(runs[provider], job | {"provider": provider})
+                    result = call(runs[provider], PEERS, job | {"provider": provider})
                 except ProviderFailed as error:
                     if provider == "rmr1":
                         raise

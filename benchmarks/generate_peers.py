@@ -19,8 +19,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +26,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-Job = dict[str, Any]
+from peer_process import Job, answer, peak, reset_peak
+
 # (prompts, tokens to draw for each sequence, seed) -> how many tokens each sequence got
 Generate = Callable[[list[list[int]], int, int], list[int]]
 
@@ -249,7 +248,7 @@ def measure(job: Job) -> dict[str, Any]:
     new_tokens = job["new_tokens"]
     provider.generate(warm, min(WARM_UP, new_tokens), 0)
     gc.collect()
-    _reset_peak()
+    reset_peak()
     runs = []
     for seed in range(len(sets) // 2):
         start = time.perf_counter()
@@ -264,9 +263,9 @@ def measure(job: Job) -> dict[str, Any]:
             raise RuntimeError(f"sequences have {found} tokens and not {new_tokens}")
         run = {"first": first, "decode": total - first, "total": total, "tokens": sum(lengths)}
         runs.append(run | {"profile": _since(before, provider.profile())})
-    peak = _peak(job["device"]) / 2**20
+    peak_memory = peak(job["device"]) / 2**20
     provider.stop()
-    return {"version": provider.version, "runs": runs, "peak_memory_mb": peak}
+    return {"version": provider.version, "runs": runs, "peak_memory_mb": peak_memory}
 
 
 def _since(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
@@ -281,43 +280,5 @@ def _sets(job: Job) -> list[list[list[int]]]:
     return sets
 
 
-def _family() -> list[Path]:
-    """/proc of this process and of all that it started: an engine may have its own."""
-    parents = {}
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(path.name)] = int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
-        except OSError:  # it has just ended
-            continue
-    found = {os.getpid()}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return [Path(f"/proc/{process}") for process in sorted(found)]
-
-
-def _reset_peak() -> None:
-    for path in _family():
-        (path / "clear_refs").write_text("5")
-
-
-def _peak(device: str) -> int:
-    """Bytes: resident at most, added over the processes (Linux), so a page that two of them share
-    counts twice. On a GPU what is held at the end: every provider keeps what it once allocated.
-    """
-    if device == "cuda":
-        query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-        return int(subprocess.run(query, check=True, capture_output=True).stdout.split()[0]) * 2**20
-    lines = [line for path in _family() for line in (path / "status").read_text().splitlines()]
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-
-def main() -> None:
-    # Libraries print to stdout too; the result is to be alone there.
-    out = os.dup(1)
-    os.dup2(2, 1)
-    result = json.dumps(measure(json.loads(sys.argv[1])))
-    os.write(out, result.encode() + b"\n")
-
-
 if __name__ == "__main__":
-    main()
+    answer(measure)

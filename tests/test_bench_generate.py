@@ -277,7 +277,7 @@ def test_a_peer_that_fails_is_left_out(
 ) -> None:
     import argparse
 
-    def call(python: str, job: dict[str, Any]) -> dict[str, Any]:
+    def call(python: str, peers: Path, job: dict[str, Any]) -> dict[str, Any]:
         if job["provider"] == "vllm":
             raise script.ProviderFailed("vllm failed (exit code 1): No module named 'vllm'")
         return results([2.0], {})[0]
@@ -301,7 +301,7 @@ def test_a_process_that_fails_says_why(script: ModuleType) -> None:
     with pytest.raises(
         script.ProviderFailed, match=r"^x failed \(exit code 1\): ValueError: no provider"
     ):
-        script.call(sys.executable, {"provider": "x"})
+        script.call(sys.executable, script.PEERS, {"provider": "x"})
 
 
 def test_a_profile_counts_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,7 +316,10 @@ def test_a_profile_counts_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_peers_environment_needs_nothing_of_the_project() -> None:
-    code = "import runpy, sys; runpy.run_path(sys.argv[1]); print(*sys.modules)"
-    call = [sys.executable, "-c", code, str(BENCHMARKS / "generate_peers.py")]
+    code = (
+        "import runpy, sys; sys.path.insert(0, sys.argv[1]);"
+        " runpy.run_path(sys.argv[1] + '/generate_peers.py'); print(*sys.modules)"
+    )
+    call = [sys.executable, "-c", code, str(BENCHMARKS)]
     done = subprocess.run(call, check=True, capture_output=True, text=True)
     assert not {"rmr1", "torch", "transformers"} & set(done.stdout.split())
