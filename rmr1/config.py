@@ -12,21 +12,16 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     TypeAdapter,
     ValidationError,
     model_validator,
 )
 
-from rmr1.engine.optim_config import OptimConfig
+from rmr1.engine.optim_config import OptimConfig, Recompute
+from rmr1.grpo_config import GrpoConfig, RolloutConfig, refuse_more_minibatches
 from rmr1.prompts import Style
-
-
-class Section(BaseModel):
-    """A frozen group of settings; unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+from rmr1.section import Section
 
 
 class DataConfig(Section):
@@ -61,6 +56,15 @@ class RunConfig(Section):
     max_micro_tokens: int = Field(
         8192, ge=1, description="tokens in one forward; lower it when memory runs out"
     )
+    recompute: Recompute = Field(
+        "none",
+        description="activation checkpointing: what a backward pass computes anew instead of"
+        " keeping it; mlp saves half of the activations for a sixth more time, layer nearly all"
+        " for a third",
+    )
+    recompute_layers: int | None = Field(
+        None, ge=0, description="in so many layers, the first ones; unset: in all"
+    )
     checkpoint_every: int = Field(10, ge=1, description="steps between two checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="how many checkpoints stay on the disk")
     data: DataConfig
@@ -84,41 +88,6 @@ class SftConfig(RunConfig):
     )
 
 
-class RolloutConfig(Section):
-    """How judgments are sampled for RL."""
-
-    prompts: int = Field(64, ge=1, description="pairs in one step")
-    samples: int = Field(7, ge=2, description="judgments of each pair: the group")
-    temperature: float = Field(1.0, gt=0, description="of the sampling and of the loss")
-    top_p: float = Field(1.0, gt=0, le=1, description="nucleus; 1 samples from everything")
-    max_new_tokens: int = Field(8192, ge=1, description="cap of a judgment's length")
-    kv_memory_gb: float | None = Field(None, gt=0, description="KV cache; unset: what is free")
-
-
-class GrpoConfig(Section):
-    """The objective: GRPO as RM-R1 uses it."""
-
-    beta: float = Field(1e-3, ge=0, description="weight of the k3 KL to the start; 0: no reference")
-    clip_low: float = Field(0.2, ge=0, description="ratios below 1 - this are clipped")
-    clip_high: float = Field(0.2, ge=0, description="ratios above 1 + this are clipped")
-    scale: Literal["std", "none"] = Field("std", description="divide advantages by the group's std")
-    baseline: Literal["mean", "loo"] = Field("mean", description="group mean, or leave-one-out")
-    minibatches: int = Field(8, ge=1, description="updates per rollout")
-    old_logprobs: Literal["rollout", "recompute"] = Field(
-        "rollout", description="take them from the generator, or run the policy once more"
-    )
-
-
-def refuse_more_minibatches(rollout: RolloutConfig, grpo: GrpoConfig) -> None:
-    """ValueError when a step has fewer judgments than updates."""
-    total = rollout.prompts * rollout.samples
-    if grpo.minibatches > total:
-        raise ValueError(
-            f"grpo.minibatches = {grpo.minibatches} is more than the {total} judgments of a step"
-            " (rollout.prompts x rollout.samples)"
-        )
-
-
 class RlvrConfig(RunConfig):
     """Stage 2: RL with verifiable rewards, +1 for the right verdict and -1 otherwise."""
 
@@ -127,8 +96,13 @@ class RlvrConfig(RunConfig):
     grpo: GrpoConfig = GrpoConfig()
 
     @model_validator(mode="after")
-    def _minibatches_fit(self) -> RlvrConfig:
+    def _parts_fit(self) -> RlvrConfig:
         refuse_more_minibatches(self.rollout, self.grpo)
+        if self.grpo.overlong_buffer > self.rollout.max_new_tokens:
+            raise ValueError(
+                f"grpo.overlong_buffer = {self.grpo.overlong_buffer} is more than"
+                f" rollout.max_new_tokens = {self.rollout.max_new_tokens}"
+            )
         return self
 
 

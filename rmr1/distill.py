@@ -18,12 +18,13 @@ from torch import Tensor
 from rmr1.config import SftConfig
 from rmr1.data import Pair, shuffled_epochs
 from rmr1.engine.checkpoint import Progress, restore_trainer
-from rmr1.engine.packing import Responses, pack
+from rmr1.engine.memory_plan import peak_memory
+from rmr1.engine.packing import Counts, Responses, pack
 from rmr1.engine.trainer import Trainer
 from rmr1.engine.weights import load_model, read_config
 from rmr1.models import load_tokenizer, resolve_device, resolve_model
 from rmr1.prompts import encode, render
-from rmr1.run import Run, StopRequest, training_pairs
+from rmr1.run import Run, StopRequest, prepare_memory, training_pairs
 
 # (steps done, steps in all, figures to show), after each step
 OnStep = Callable[[int, int, dict[str, float]], None]
@@ -31,9 +32,9 @@ OnStep = Callable[[int, int, dict[str, float]], None]
 OnStart = Callable[[int, int], None]
 
 
-def nll(logprobs: Tensor, responses: Responses, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+def nll(logprobs: Tensor, responses: Responses, counts: Counts) -> tuple[Tensor, dict[str, Tensor]]:
     """Negative log-likelihood: minus the sum over tokens, by the token count of the update."""
-    return -logprobs.sum() / count, {}
+    return -logprobs.sum() / counts.tokens, {}
 
 
 def distill(
@@ -49,6 +50,7 @@ def distill(
     steps = config.epochs * per_epoch
     device = resolve_device(config.device)
     model = load_model(run.checkpoint or start, dtype=config.dtype, device=device)
+    prepare_memory(model, config, reference=False)
     trainer = Trainer(
         model, config.optim, total_updates=steps, max_micro_tokens=config.max_micro_tokens
     )
@@ -77,6 +79,8 @@ def distill(
                 "learning_rate": stats.learning_rate,
                 "num_tokens": batch.response_tokens,
                 "dropped_prompts": dropped,
+                **{f"{name}_time": seconds for name, seconds in trainer.phases.take().items()},
+                "peak_memory_gb": peak_memory(trainer.model.lm_head_weight.device) / 1e9,
                 "step_time": time.perf_counter() - began,
             }
             run.log(row)

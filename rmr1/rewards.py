@@ -23,3 +23,12 @@ def correctness(verdicts: Sequence[Verdict], pairs: Sequence[Pair]) -> Tensor:
             for verdict, pair in zip(verdicts, pairs, strict=True)
         ]
     )
+
+
+def overlong(lengths: Sequence[int], limit: int, buffer: int) -> Tensor:
+    """DAPO's soft punishment, [N]: 0 up to limit - buffer tokens, then down to -1 at the limit.
+
+    Source: Yu et al. (arXiv 2503.14476), equation 13. `buffer` 0 punishes nobody.
+    """
+    over = torch.tensor(lengths, dtype=torch.float32) - (limit - buffer)
+    return -(over / buffer).clamp(0, 1) if buffer else torch.zeros(len(lengths))

@@ -8,6 +8,7 @@ saved.
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import sys
 import tomllib
@@ -18,14 +19,20 @@ from typing import Any
 
 from rmr1.config import RunConfig, Section, dotted, to_toml
 from rmr1.data import Pair, read_pairs, write_whole
-from rmr1.engine.checkpoint import Progress, list_checkpoints, save_checkpoint
+from rmr1.engine.checkpoint import Progress, list_checkpoints, newest_whole, save_checkpoint
+from rmr1.engine.memory_plan import plan_training
+from rmr1.engine.model import CausalLM
 from rmr1.engine.trainer import Trainer
 from rmr1.tasks.catalog import draw_pairs
+
+_log = logging.getLogger(__name__)
 
 # What a resumed run may change: it says how the machine is used, not what comes out.
 FREE_TO_CHANGE = (
     "device",
     "max_micro_tokens",
+    "recompute",
+    "recompute_layers",
     "checkpoint_every",
     "keep_checkpoints",
     "rollout.kv_memory_gb",
@@ -36,17 +43,18 @@ FREE_TO_CHANGE = (
 class Run:
     """The folder of one run.
 
-    `checkpoint` is where to resume from: the newest complete checkpoint, or None for a new run.
+    `checkpoint` is where to resume from: the newest whole checkpoint, or None for a new run.
     """
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.directory = config.directory
         self.checkpoints = self.directory / "checkpoints"
-        found = list_checkpoints(self.checkpoints)
-        self.checkpoint = found[-1] if found else None
-        if self.checkpoint is not None:
+        if list_checkpoints(self.checkpoints):
             refuse_changes(self.directory, config)
+        self.checkpoint, faults = newest_whole(self.checkpoints)
+        for fault in faults:
+            _log.warning("%s; going on from %s", fault, self.checkpoint)
         self.directory.mkdir(parents=True, exist_ok=True)
         write_whole(self.directory / "config.toml", to_toml(config))
 
@@ -56,6 +64,11 @@ class Run:
             path = self.directory / name
             if path.is_file():
                 write_whole(path, _lines_until(path, progress.step))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What metrics.jsonl holds, of the steps that are done."""
+        path = self.directory / "metrics.jsonl"
+        return [json.loads(line) for line in path.open(encoding="utf-8")] if path.is_file() else []
 
     def log(self, row: dict[str, Any]) -> None:
         """Append one row to metrics.jsonl."""
@@ -177,3 +190,17 @@ class StopRequest:
             "\nStopping after this step and saving; press Ctrl-C again to leave at once.",
             file=sys.stderr,
         )
+
+
+def prepare_memory(model: CausalLM, config: RunConfig, *, reference: bool) -> None:
+    """Switch on what the configuration says to recompute, and tell what training will take."""
+    model.recompute(config.recompute, config.recompute_layers)
+    plan = plan_training(
+        model.config,
+        model.lm_head_weight.dtype,
+        micro_tokens=config.max_micro_tokens,
+        reference=reference,
+        recompute=config.recompute,
+        recompute_layers=config.recompute_layers,
+    )
+    _log.info("%s, with micro-batches of %s tokens", plan, f"{config.max_micro_tokens:,}")

@@ -22,7 +22,9 @@ from rmr1.distill import nll
 from rmr1.engine import checkpoint as module
 from rmr1.engine.checkpoint import (
     Progress,
+    best_checkpoint,
     list_checkpoints,
+    newest_whole,
     read_progress,
     restore_trainer,
     save_checkpoint,
@@ -78,6 +80,7 @@ def test_a_checkpoint_is_a_model_directory_for_others(
         "step": 7,
         "updates": 1,
         "drawn": 70,
+        "score": None,
     }
     theirs = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
     with torch.no_grad():
@@ -122,6 +125,47 @@ def test_only_the_newest_are_kept(save: Callable[..., Path], tmp_path: Path) -> 
     assert [path.name for path in list_checkpoints(directory)] == ["step-000010", "step-000015"]
     save(20, keep=1)
     assert os.listdir(directory) == ["step-000020"]
+
+
+def test_the_best_is_kept_too(trainer: Trainer, tiny_model: Path, tmp_path: Path) -> None:
+    for step, mark in ((1, 0.1), (2, 0.7), (3, 0.2), (4, 0.7), (5, -0.3), (6, None)):
+        progress = Progress(step, step, step, mark)
+        save_checkpoint(tmp_path, trainer, progress, tokenizer_from=tiny_model, keep=1)
+    assert sorted(os.listdir(tmp_path)) == ["step-000004", "step-000006"]
+    assert best_checkpoint(tmp_path) == tmp_path / "step-000004"
+
+
+FILES = ("config.json", "model.safetensors", "optimizer.safetensors", "trainer.json")
+
+
+@pytest.mark.parametrize("name", [*FILES, "checksums.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
+    save: Callable[..., Path], name: str, damage: str
+) -> None:
+    first, second = save(1), save(2)
+    assert newest_whole(second.parent) == (second, [])
+    victim = second / name
+    content = bytearray(victim.read_bytes())
+    if damage == "remove":
+        victim.unlink()
+    else:
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content if damage == "flip" else content[: len(content) // 2])
+    found, faults = newest_whole(second.parent)
+    assert found == first
+    assert len(faults) == 1
+    assert str(second) in faults[0]
+
+
+def test_without_a_whole_checkpoint_nothing_is_begun_anew(save: Callable[..., Path]) -> None:
+    saved = save(1)
+    (saved / "model.safetensors").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"no checkpoint is whole: .*model.safetensors is not what"
+    ):
+        newest_whole(saved.parent)
+    assert newest_whole(saved.parent / "nowhere") == (None, [])
 
 
 def test_checkpoints_are_ordered_by_number_and_others_ignored(tmp_path: Path) -> None:

@@ -121,9 +121,9 @@ def test_the_command_line_is_not_blamed_on_the_file(tmp_path: Path) -> None:
     ("text", "overrides", "where", "key", "known"),
     [
         ("stepz = 3", {}, "file", "stepz", "steps"),
-        ("[grpo]\nbetta = 3", {}, "file", "grpo.betta", "beta, clip_low"),
+        ("[grpo]\nbetta = 3", {}, "file", "grpo.betta", "variant, beta"),
         ("[optimizer]\nlearning_rate = 3", {}, "file", "optimizer", "optim"),
-        ("steps = 3", {"grpo.betta": "1"}, "command line", "grpo.betta", "beta, clip_low"),
+        ("steps = 3", {"grpo.betta": "1"}, "command line", "grpo.betta", "variant, beta"),
         ("steps = 3", {"stepz": "1"}, "command line", "stepz", "steps"),
         ("config_file = 'y.toml'", {}, "file", "config_file", "steps"),
     ],

@@ -17,10 +17,11 @@ from rmr1.data import Pair, read_pairs, write_pairs
 from rmr1.engine.packing import Batch
 from rmr1.engine.trainer import Loss, StepStats, Trainer, score
 from rmr1.engine.weights import load_model
+from rmr1.grpo import _reward_figures
 from rmr1.models import load_tokenizer
 from rmr1.prompts import encode, render
 from rmr1.rewards import correctness
-from rmr1.rlvr import _reward_figures, rlvr
+from rmr1.rlvr import rlvr
 from rmr1.terminal import Phase
 from rmr1.verdict import parse_verdict, parse_verdicts
 
@@ -32,7 +33,7 @@ def metrics(config: RlvrConfig) -> list[dict[str, Any]]:
     """The rows of a run, without the figures of the clock."""
     text = (config.directory / "metrics.jsonl").read_text()
     rows = [json.loads(line) for line in text.splitlines()]
-    return [{key: row[key] for key in row if not key.endswith("_time")} for row in rows]
+    return [{key: row[key] for key in row if not key.endswith(("_time", "_gb"))} for row in rows]
 
 
 def weights(directory: Path) -> tuple[bytes, bytes]:
@@ -73,7 +74,8 @@ def test_two_steps_resumed_are_four_steps(rlvr_config: Make) -> None:
         rlvr(parts, on_step=interrupt_at(2))
     assert metrics(parts) == rows[:2]
     saved = json.loads((parts.directory / "checkpoints/step-000002/trainer.json").read_text())
-    assert saved == {"step": 2, "updates": 4, "drawn": 6}
+    mean = statistics.fmean(row["reward"] for row in rows[:2])
+    assert saved == {"step": 2, "updates": 4, "drawn": 6, "score": mean}
     resumed = rlvr(parts)
     assert metrics(parts) == rows
     assert weights(resumed) == weights(final)
@@ -153,7 +155,7 @@ def test_one_step_taken_apart(rlvr_config: Make, updates: list[Batch]) -> None:
     pairs = read_pairs(config.data.path)
     by_prompt = {tuple(encode(tokenizer, render(pair, "compact"))): pair for pair in pairs}
     assert len(by_prompt) == 9
-    assert [len(batch.lengths) for batch in updates] == [6, 6, 6, 6]
+    assert [len(batch.response_lengths) for batch in updates] == [6, 6, 6, 6]
     nonzero = 0
     for number, row in enumerate(metrics(config)):
         drawn: list[Pair] = []
@@ -162,16 +164,18 @@ def test_one_step_taken_apart(rlvr_config: Make, updates: list[Batch]) -> None:
         advantages: list[float] = []
         clipped = 0
         for batch in updates[2 * number : 2 * number + 2]:
-            start = 0
-            for length, prompt in zip(batch.lengths, batch.prompt_lengths, strict=True):
-                ids = batch.token_ids[start : start + length].tolist()
-                start += length
-                pair = by_prompt[tuple(ids[:prompt])]
-                answer = parse_verdict(tokenizer.decode(ids[prompt:])).answer
-                drawn.append(pair)
-                rewards.append(1.0 if answer == pair.label else -1.0)
-                lengths.append(length - prompt)
-                clipped += ids[-1] != tokenizer.eos_token_id
+            ids, start = batch.token_ids.tolist(), 0
+            for group in batch.groups:
+                pair = by_prompt[tuple(ids[start : start + group.prompt])]
+                start += group.prompt
+                for length in group.responses:
+                    response = ids[start : start + length]
+                    start += length
+                    answer = parse_verdict(tokenizer.decode(response)).answer
+                    drawn.append(pair)
+                    rewards.append(1.0 if answer == pair.label else -1.0)
+                    lengths.append(length)
+                    clipped += response[-1] != tokenizer.eos_token_id
             advantages.extend(batch.advantages.tolist())
         for first in range(0, 12, 4):
             assert len({pair.id for pair in drawn[first : first + 4]}) == 1
@@ -291,7 +295,7 @@ def test_every_step_draws_afresh(rlvr_config: Make, tmp_path: Path, updates: lis
 def test_minibatches_are_updates(rlvr_config: Make, updates: list[Batch]) -> None:
     config = rlvr_config(steps=1, grpo={"minibatches": 5})
     final = rlvr(config)
-    assert [len(batch.lengths) for batch in updates] == [2, 2, 3, 2, 3]
+    assert [len(batch.response_lengths) for batch in updates] == [2, 2, 3, 2, 3]
     assert json.loads((final / "trainer.json").read_text())["updates"] == 5
 
 
@@ -332,13 +336,11 @@ def test_the_reward_is_plus_or_minus_one() -> None:
 def test_reward_figures() -> None:
     groups = torch.arange(3).repeat_interleave(4)
     rewards = torch.tensor([1.0, 1, 1, 1, -1, -1, -1, -1, 1, -1, -1, -1])
-    verdicts = parse_verdicts([A] * 4 + [B, NONE, NONE, B] + [A, B, B, ""])
-    figures = _reward_figures(rewards, groups, verdicts)
+    figures = _reward_figures(rewards, groups)
     assert figures == pytest.approx(
         {
             "reward": -2 / 12,
             "reward_std": 1 / 3,  # stds 0, 0 and sqrt((1.5^2 + 3 * 0.5^2) / 3) = 1
             "frac_reward_zero_std": 2 / 3,
-            "parse_rate": 9 / 12,
         }
     )

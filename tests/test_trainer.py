@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from rmr1.distill import nll
 from rmr1.engine.optim_config import OptimConfig
 from rmr1.engine.optimizer import optimizer_tensors
-from rmr1.engine.packing import Batch, Responses, pack
+from rmr1.engine.packing import Batch, Counts, Responses, pack
 from rmr1.engine.trainer import Loss, StepStats, Trainer, score
 from rmr1.engine.weights import load_model
 from rmr1.kernels import token_loss_cpu
@@ -113,7 +113,9 @@ def test_grpo_gradients_equal_transformers_and_a_plain_loop(
 
     config = PolicyLossConfig(clip_low=low, clip_high=high, beta=beta)
 
-    def loss(logprobs: Tensor, tokens: Responses, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        logprobs: Tensor, tokens: Responses, counts: Counts
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         assert tokens.old_logprobs is not None
         return policy_loss(
             logprobs,
@@ -122,7 +124,7 @@ def test_grpo_gradients_equal_transformers_and_a_plain_loop(
             tokens.sequence_ids,
             ref_logprobs=tokens.ref_logprobs,
             config=config,
-            token_count=count,
+            token_count=counts.tokens,
         )
 
     batch = pack(PROMPTS, RESPONSES, advantages=torch.tensor(advantages))
@@ -175,7 +177,7 @@ def test_a_mean_per_micro_batch_would_be_noticed(
     """The published code's loss, on this data, does depend on the micro-batch size."""
 
     def published(
-        logprobs: Tensor, tokens: Responses, count: int
+        logprobs: Tensor, tokens: Responses, counts: Counts
     ) -> tuple[Tensor, dict[str, Tensor]]:
         return -logprobs.mean(), {}
 
@@ -216,7 +218,9 @@ def test_updates_follow_the_schedule_and_lower_the_loss(tiny_model: Path) -> Non
 def test_a_gradient_that_is_not_finite_leaves_everything_alone(
     tiny_model: Path, value: float
 ) -> None:
-    def broken(logprobs: Tensor, tokens: Responses, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def broken(
+        logprobs: Tensor, tokens: Responses, counts: Counts
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         return logprobs.sum() * value, {}
 
     trainer = Trainer(load_model(tiny_model), CONFIG, total_updates=4)

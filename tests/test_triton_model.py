@@ -102,7 +102,8 @@ def test_an_update_equals_the_native_one(name: str, monkeypatch: pytest.MonkeyPa
     )
     with use("triton"):
         found = update(model.to("cpu" if interpreted() else "cuda"))
-    assert set(ran) == OPS  # each was asked for in Triton, none was left out
+    # Each was asked for in Triton, none was left out. Attention has none: it is torch's own there.
+    assert set(ran) - {"packed_attention", "varlen_attention"} == OPS
     assert found.keys() == wanted.keys()
     for key, truth in wanted.items():
         assert (found[key] - truth).abs().max() <= 1e-4, key

@@ -3,7 +3,8 @@
     checkpoints/step-000010/
         config.json, model.safetensors, tokenizer files     what transformers and vLLM load
         optimizer.safetensors                               AdamW's moments
-        trainer.json                                        step, updates, data cursor
+        trainer.json                                        step, updates, data cursor, score
+        checksums.json                                      BLAKE2b of every file above
 
 A checkpoint is written beside its final name, flushed to the disk and then renamed: whatever
 happens during a save, the checkpoints that were complete stay complete. Names that start with a
@@ -13,7 +14,9 @@ dot are leftovers of a save or a deletion that was cut off; the next save remove
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -28,22 +31,28 @@ from rmr1.engine.optimizer import optimizer_tensors, restore_optimizer
 from rmr1.engine.trainer import Trainer
 from rmr1.engine.weights import save_model
 
+_CHECKSUMS = "checksums.json"
+_NEEDED = {"config.json", "model.safetensors", "optimizer.safetensors", "trainer.json"}
 _NAME = re.compile(r"step-(\d{6,})")
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run has come. `step` steps are done; `drawn` training pairs were consumed."""
+    """How far a run has come. `step` steps are done; `drawn` training pairs were consumed.
+
+    `score` says how good the model is (the larger the better), if that is known.
+    """
 
     step: int
     updates: int
     drawn: int
+    score: float | None = None
 
 
 def save_checkpoint(
     directory: Path, trainer: Trainer, progress: Progress, *, tokenizer_from: Path, keep: int = 2
 ) -> Path:
-    """Write `directory`/step-NNNNNN and delete all but the newest `keep` checkpoints.
+    """Write `directory`/step-NNNNNN and delete all but the newest `keep` checkpoints and the best.
 
     OSError if the disk is full; the checkpoints that were there stay.
     """
@@ -58,6 +67,8 @@ def save_checkpoint(
             aside / "optimizer.safetensors", optimizer_tensors(trainer.model, trainer.optimizer)
         )
         (aside / "trainer.json").write_text(json.dumps(asdict(progress)) + "\n")
+        sums = {path.name: _checksum(path) for path in sorted(aside.iterdir())}
+        (aside / _CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
         for path in [*aside.iterdir(), aside]:
             _flush(path)
         if final.exists():
@@ -67,8 +78,10 @@ def save_checkpoint(
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+    best = best_checkpoint(directory)
     for old in list_checkpoints(directory)[:-keep]:
-        _remove(old)
+        if old != best:
+            _remove(old)
     return final
 
 
@@ -94,6 +107,54 @@ def list_checkpoints(directory: Path) -> list[Path]:
         return []
     found = [path for path in directory.iterdir() if _NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def best_checkpoint(directory: Path) -> Path | None:
+    """The one with the highest score, the newest of several; None where no score is known."""
+    best, highest = None, -math.inf
+    for path in list_checkpoints(directory):
+        try:
+            score = read_progress(path).score
+        except ValueError:  # damaged; `newest_whole` says so where it matters
+            continue
+        if score is not None and score >= highest:
+            best, highest = path, score
+    return best
+
+
+def newest_whole(directory: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is as it was written, and what is wrong with newer ones.
+
+    Raises:
+        ValueError: there are checkpoints, and all of them are damaged.
+    """
+    faults = []
+    for path in reversed(list_checkpoints(directory)):
+        fault = _fault(path)
+        if fault is None:
+            return path, faults
+        faults.append(fault)
+    if faults:
+        raise ValueError(f"no checkpoint is whole: {'; '.join(faults)}; remove {directory}")
+    return None, faults
+
+
+def _fault(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, by its checksums."""
+    try:
+        sums = json.loads((checkpoint / _CHECKSUMS).read_text())
+        for name, expected in sums.items():
+            if _checksum(checkpoint / name) != expected:
+                return f"{checkpoint / name} is not what was written"
+        missing = _NEEDED - sums.keys()
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        return f"{checkpoint} cannot be verified ({error})"
+    return f"{checkpoint} lacks {', '.join(sorted(missing))}" if missing else None
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "blake2b").hexdigest()
 
 
 def read_progress(checkpoint: Path) -> Progress:

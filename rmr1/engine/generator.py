@@ -51,9 +51,9 @@ class Generator:
 
     `kv_memory_gb` bounds the KV cache, in GB (default: a share of the memory that is free at the
     first call). On a GPU it is taken at once, on a CPU as it comes into use. `block_size` is the
-    tokens of one of its blocks (flash-attn, where it is installed, wants 256 and is taken then), and
-    `max_batch_tokens` bounds the tokens of one forward pass. None of them changes what is drawn,
-    but for rounding.
+    tokens of one of its blocks (flash-attn, where it is installed, wants 256 and is taken then),
+    and `max_batch_tokens` bounds the tokens of one forward pass. None of them changes what is
+    drawn, but for rounding.
     """
 
     def __init__(

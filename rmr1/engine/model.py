@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from rmr1.engine.model_config import ModelConfig
+from rmr1.engine.optim_config import Recompute
+from rmr1.engine.recompute import again
 from rmr1.kernels.rmsnorm import add_rmsnorm, rmsnorm
 from rmr1.kernels.rope import inverse_frequencies, rope, rope_tables
 from rmr1.kernels.swiglu import swiglu
@@ -91,12 +93,18 @@ class DecoderLayer(nn.Module):
         self.self_attn = SelfAttention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = Mlp(config)
+        self.recompute: Recompute = "none"
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """x [T, H] -> [T, H]."""
+        if self.recompute == "layer":
+            return again(self._forward, x, cos, sin, attend)
+        return self._forward(x, cos, sin, attend)
+
+    def _forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         mixed = self.self_attn(self.input_layernorm(x), cos, sin, attend)
         normed, x = self.post_attention_layernorm.after_sum(x, mixed)
-        return x + self.mlp(normed)
+        return x + (again(self.mlp, normed) if self.recompute == "mlp" else self.mlp(normed))
 
 
 class Decoder(nn.Module):
@@ -131,6 +139,12 @@ class CausalLM(nn.Module):
         self._frequencies: Tensor | None = None
         self.register_load_state_dict_pre_hook(_drop_tied_head)
         self.init_weights()
+
+    def recompute(self, kind: Recompute, layers: int | None = None) -> None:
+        """Let the backward pass compute part of the first `layers` layers anew (default: all)."""
+        for index, layer in enumerate(self.model.layers):
+            assert isinstance(layer, DecoderLayer)
+            layer.recompute = kind if layers is None or index < layers else "none"
 
     @property
     def lm_head_weight(self) -> Tensor:

@@ -9,6 +9,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+# Activation checkpointing, see recompute.py.
+Recompute = Literal["none", "mlp", "layer"]
+
 
 class OptimConfig(BaseModel):
     """AdamW and the learning-rate schedule."""

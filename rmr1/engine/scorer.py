@@ -33,7 +33,7 @@ class Scorer(nn.Module):
             losses that it gives for runs of tokens (a scalar with autograd, see `token_loss`), and
             entropies without.
         """
-        attend = PackedAttention(batch.lengths)
+        attend = PackedAttention.of_groups(batch.groups)
         hidden = self.model(batch.token_ids, batch.positions, attend)  # [T, H]
         predicting, head = hidden[batch.predict_index], self.model.lm_head_weight  # [R, H], [V, H]
         if loss is None:

@@ -15,12 +15,13 @@ from torch import Tensor
 from rmr1.engine.model import CausalLM
 from rmr1.engine.optim_config import OptimConfig, learning_rate
 from rmr1.engine.optimizer import make_optimizer
-from rmr1.engine.packing import Batch, Responses
+from rmr1.engine.packing import Batch, Counts, Responses
+from rmr1.engine.phases import Phases
 from rmr1.engine.scorer import Scorer
 
-# (log-probabilities [R], the response tokens they belong to, how many the whole update has)
+# (log-probabilities [R], the response tokens they belong to, the counts of the whole update)
 # -> loss, and statistics, both of which add up over the parts of an update
-Loss = Callable[[Tensor, Responses, int], tuple[Tensor, dict[str, Tensor]]]
+Loss = Callable[[Tensor, Responses, Counts], tuple[Tensor, dict[str, Tensor]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,7 @@ class Trainer:
         self.max_micro_tokens = max_micro_tokens
         self.temperature = temperature
         self.updates = 0
+        self.phases = Phases(model.lm_head_weight.device)
 
     def update(self, batch: Batch, loss: Loss, *, per_token: bool = False) -> StepStats:
         """Make one optimiser step on `batch`, in micro-batches of `max_micro_tokens`.
@@ -63,12 +65,40 @@ class Trainer:
         (rmr1/kernels/token_loss.py). A gradient that is not finite leaves the weights alone and is
         reported as such.
         """
-        count = batch.response_tokens
+        counts = batch.counts
         stats: dict[str, Tensor] = {}
         device = self.model.lm_head_weight.device
         for part in batch.micro_batches(self.max_micro_tokens):
-            self._add_gradient(part.to(device), loss, count, per_token, stats)
+            self._add_gradient(part.to(device), loss, counts, per_token, stats)
         sums = {name: value.item() for name, value in stats.items()}
+        with self.phases("optimizer"):
+            norm, rate = self._step()
+        self.updates += 1
+        return StepStats(sums.pop("loss"), sums.pop("entropy"), norm.item(), rate, sums)
+
+    def _add_gradient(
+        self, batch: Batch, loss: Loss, counts: Counts, per_token: bool, stats: dict[str, Tensor]
+    ) -> None:
+        """Add the gradient of one micro-batch to the parameters', and its figures to `stats`."""
+        responses = batch.responses
+
+        def part_loss(logprobs: Tensor, rows: slice) -> Tensor:
+            value, more = loss(logprobs, responses.rows(rows), counts)
+            _accumulate(stats, {"loss": value.detach(), **more})
+            return value
+
+        with self.phases("forward"):
+            if per_token:
+                value, entropy = self.scorer(batch, self.temperature, part_loss)
+            else:
+                logprobs, entropy = self.scorer(batch, self.temperature)
+                value = part_loss(logprobs, slice(0, len(logprobs)))
+        with self.phases("backward"):
+            torch.autograd.backward(value)
+        _accumulate(stats, {"entropy": entropy.detach().sum() / counts.tokens})
+
+    def _step(self) -> tuple[Tensor, float]:
+        """Clip, step and forget the gradient: its norm before clipping, and the learning rate."""
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         rate = learning_rate(self.config, self.updates, self.total_updates)
         if bool(torch.isfinite(norm)):
@@ -76,27 +106,7 @@ class Trainer:
                 group["lr"] = rate
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.updates += 1
-        return StepStats(sums.pop("loss"), sums.pop("entropy"), norm.item(), rate, sums)
-
-    def _add_gradient(
-        self, batch: Batch, loss: Loss, count: int, per_token: bool, stats: dict[str, Tensor]
-    ) -> None:
-        """Add the gradient of one micro-batch to the parameters', and its figures to `stats`."""
-        responses = batch.responses
-
-        def part_loss(logprobs: Tensor, rows: slice) -> Tensor:
-            value, more = loss(logprobs, responses.rows(rows), count)
-            _accumulate(stats, {"loss": value.detach(), **more})
-            return value
-
-        if per_token:
-            value, entropy = self.scorer(batch, self.temperature, part_loss)
-        else:
-            logprobs, entropy = self.scorer(batch, self.temperature)
-            value = part_loss(logprobs, slice(0, len(logprobs)))
-        torch.autograd.backward(value)
-        _accumulate(stats, {"entropy": entropy.detach().sum() / count})
+        return norm, rate
 
 
 def _accumulate(sums: dict[str, Tensor], stats: dict[str, Tensor]) -> None:
