@@ -9,6 +9,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Mapping
+from typing import Any
 
 WINDOW = 5  # steps that a mean is taken over
 QUIET = 10  # steps before the same warning comes again
@@ -27,7 +28,7 @@ class Alarms:
         self._told: dict[str, int] = {}
         self._step = 0
 
-    def look(self, row: Mapping[str, float]) -> list[str]:
+    def look(self, row: Mapping[str, Any]) -> list[str]:
         """The warnings of a step, a sentence each."""
         self._step += 1
         found = {
@@ -44,7 +45,7 @@ class Alarms:
                 told.append(sentence)
         return told
 
-    def _reward(self, row: Mapping[str, float]) -> str | None:
+    def _reward(self, row: Mapping[str, Any]) -> str | None:
         self._rewards.append(row["reward"])
         if len(self._rewards) < WINDOW:
             return None
@@ -57,8 +58,8 @@ class Alarms:
             " steps); lower optim.learning_rate, raise grpo.beta, or go back to a checkpoint"
         )
 
-    def _mismatch(self, row: Mapping[str, float]) -> str | None:
-        mismatch = row["logprob_mismatch"]
+    def _mismatch(self, row: Mapping[str, Any]) -> str | None:
+        mismatch: float = row["logprob_mismatch"]
         if len(self._first_mismatches) < WINDOW:
             self._first_mismatches.append(mismatch)
         usual = statistics.median(self._first_mismatches)
@@ -70,13 +71,13 @@ class Alarms:
         )
 
 
-def _gradient(row: Mapping[str, float]) -> str | None:
+def _gradient(row: Mapping[str, Any]) -> str | None:
     if math.isfinite(row["grad_norm"]):
         return None
     return "a gradient was not finite, so its update was skipped; lower optim.learning_rate"
 
 
-def _equal(row: Mapping[str, float]) -> str | None:
+def _equal(row: Mapping[str, Any]) -> str | None:
     if row["frac_reward_zero_std"] < 1:
         return None
     return (
@@ -85,7 +86,7 @@ def _equal(row: Mapping[str, float]) -> str | None:
     )
 
 
-def _kl(row: Mapping[str, float]) -> str | None:
+def _kl(row: Mapping[str, Any]) -> str | None:
     if row.get("kl", 0.0) <= KL:
         return None
     return (

@@ -60,4 +60,5 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, on_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        return *packed_attention.backward(on_out, *ctx.saved_tensors, ctx.layout), None
+        q, k, v, out, lse = ctx.saved_tensors
+        return *packed_attention.backward(on_out, q, k, v, out, lse, ctx.layout), None

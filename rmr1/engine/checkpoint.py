@@ -128,7 +128,7 @@ def newest_whole(directory: Path) -> tuple[Path | None, list[str]]:
     Raises:
         ValueError: there are checkpoints, and all of them are damaged.
     """
-    faults = []
+    faults = list[str]()
     for path in reversed(list_checkpoints(directory)):
         fault = _fault(path)
         if fault is None:

@@ -147,10 +147,15 @@ def merged_backward(
     if layout.across is None:
         return grads
     rows, keys = layout.answers, layout.prompts
-    of_rows = (_rows(x, rows) for x in (on_out, q))
-    of_keys = (_rows(x, keys) for x in (k, v))
-    results = (_rows(x, rows) for x in (out, lse))
-    more = varlen_attention.backward(*of_rows, *of_keys, *results, layout.across)
+    more = varlen_attention.backward(
+        _rows(on_out, rows),
+        _rows(q, rows),
+        _rows(k, keys),
+        _rows(v, keys),
+        _rows(out, rows),
+        _rows(lse, rows),
+        layout.across,
+    )
     for whole, extra, places in zip(grads, more, (rows, keys, keys), strict=True):
         for place, part in _parts(places):
             whole[place] += extra[part]

@@ -27,10 +27,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> tuple[Tensor
     found = []
     for (batch, _), cells in _rectangles(segments, q, k, v):
         if batch == 1:
-            found.append(_alone(*cells, True))
+            found.append(_alone(cells[0], cells[1], cells[2], True))
             continue
         wide = _widened(cells, batch, q.shape[1])
-        found.append(tuple(_flat(x) for x in _attend(*wide, 0.0, True)))
+        got, total = _attend(*wide, 0.0, True)
+        found.append((_flat(got), _flat(total)))
     out, lse = (segments.buckets.take(cells) for cells in _joined(found))
     return out, lse
 
