@@ -56,6 +56,13 @@ def steps_logged(folder: Path) -> int:
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
+def in_save(folder: Path) -> bool:
+    try:
+        return any((folder / "checkpoints").glob(".step-*.partial/*"))
+    except FileNotFoundError:  # it was renamed while it was looked at
+        return False
+
+
 def kill_one(call: list[str], folder: Path, draw: random.Random, *, in_a_save: bool) -> bool:
     """Start the run and kill it, -9; whether a save was going on. False if it ended before."""
     before = steps_logged(folder)
@@ -68,7 +75,7 @@ def kill_one(call: list[str], folder: Path, draw: random.Random, *, in_a_save: b
         saving = False
         until = time.monotonic() + draw.random() * 0.3
         while process.poll() is None and (in_a_save or time.monotonic() < until):
-            saving = any((folder / "checkpoints").glob(".step-*.partial/*"))
+            saving = in_save(folder)
             if in_a_save and saving:
                 time.sleep(draw.random() * 0.01)
                 break
