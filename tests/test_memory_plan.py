@@ -133,5 +133,6 @@ def test_the_plan_is_near_what_an_update_takes(kind: str) -> None:
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     took, planned = map(int, out.split())
     assert planned > 150e6
-    # Buffers of kernels and the allocator's gaps come on top, some 100 MB.
-    assert 0.7 < took / planned < 1.4
+    # Buffers of kernels and the allocator's gaps come on top: some 100 MB here, more than a small
+    # model's activations where layers are recomputed.
+    assert 0.7 * planned < took < 1.2 * planned + 150e6
