@@ -2,18 +2,19 @@
 
     checkpoints/step-000010/
         config.json, model.safetensors, tokenizer files     what transformers and vLLM load
-        optimizer.safetensors                               AdamW's moments
+        optimizer-00000.safetensors ...                     AdamW's moments, fp32 copies of weights
         trainer.json                                        step, updates, data cursor, score
         checksums.json                                      BLAKE2b of every file above
 
-A checkpoint is written beside its final name, flushed to the disk and then renamed: whatever
-happens during a save, the checkpoints that were complete stay complete. Names that start with a
-dot are leftovers of a save or a deletion that was cut off; the next save removes them.
+All tensors are whole, whatever number of ranks and stage of ZeRO they were gathered from, so any
+other number goes on from them. A checkpoint is written beside its final name, flushed to the disk
+and then renamed: whatever happens during a save, the checkpoints that were complete stay complete.
+Names that start with a dot are leftovers of a save or a deletion that was cut off; the next save
+removes them.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
@@ -21,18 +22,15 @@ import os
 import re
 import shutil
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
-from rmr1.engine.optimizer import optimizer_tensors, restore_optimizer
+from rmr1.engine.tensor_files import read_tensors, write_tensors
 from rmr1.engine.trainer import Trainer
-from rmr1.engine.weights import save_model
+from rmr1.engine.weights import save_weights
 
 _CHECKSUMS = "checksums.json"
-_NEEDED = {"config.json", "model.safetensors", "optimizer.safetensors", "trainer.json"}
+_NEEDED = {"config.json", "optimizer-00000.safetensors", "trainer.json"}
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -40,13 +38,15 @@ _NAME = re.compile(r"step-(\d{6,})")
 class Progress:
     """How far a run has come. `step` steps are done; `drawn` training pairs were consumed.
 
-    `score` says how good the model is (the larger the better), if that is known.
+    `score` says how good the model is (the larger the better), if that is known; the last `skipped`
+    updates in a row changed nothing, as their gradient was not finite.
     """
 
     step: int
     updates: int
     drawn: int
     score: float | None = None
+    skipped: int = 0
 
 
 def save_checkpoint(
@@ -54,18 +54,25 @@ def save_checkpoint(
 ) -> Path:
     """Write `directory`/step-NNNNNN and delete all but the newest `keep` checkpoints and the best.
 
-    OSError if the disk is full; the checkpoints that were there stay.
+    Every rank has to call it; the first one writes. OSError if the disk is full; the checkpoints
+    that were there stay.
     """
+    updater = trainer.updater
+    if not trainer.ranks.first:
+        for _ in chain(updater.weights(), updater.state()):  # the others help to gather
+            pass
+        trainer.ranks.wait()
+        return directory / f"step-{progress.step:06d}"
     final = directory / f"step-{progress.step:06d}"
     aside = directory / f".{final.name}.partial"
     for leftover in directory.glob(".step-*.partial"):
         shutil.rmtree(leftover, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        save_model(trainer.model, aside, extra_files_from=tokenizer_from)
-        _write_optimizer(
-            aside / "optimizer.safetensors", optimizer_tensors(trainer.model, trainer.optimizer)
+        save_weights(
+            updater.weights(), trainer.model.config, aside, extra_files_from=tokenizer_from
         )
+        write_tensors(updater.state(), lambda n: aside / f"optimizer-{n:05d}.safetensors")
         (aside / "trainer.json").write_text(json.dumps(asdict(progress)) + "\n")
         sums = {path.name: _checksum(path) for path in sorted(aside.iterdir())}
         (aside / _CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
@@ -82,16 +89,8 @@ def save_checkpoint(
     for old in list_checkpoints(directory)[:-keep]:
         if old != best:
             _remove(old)
+    trainer.ranks.wait()
     return final
-
-
-def _write_optimizer(path: Path, tensors: dict[str, Tensor]) -> None:
-    try:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, path)
-    except SafetensorError as error:  # how safetensors reports a full disk
-        raise OSError(
-            errno.EIO, f"cannot write the optimiser state ({error})", str(path)
-        ) from error
 
 
 def _remove(checkpoint: Path) -> None:
@@ -171,15 +170,12 @@ def read_progress(checkpoint: Path) -> Progress:
 def restore_trainer(checkpoint: Path, trainer: Trainer) -> Progress:
     """Give a trainer the optimiser state and update count of a checkpoint."""
     progress = read_progress(checkpoint)
-    path = checkpoint / "optimizer.safetensors"
+    paths = sorted(checkpoint.glob("optimizer-*.safetensors"))
     try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{path}: unreadable ({error}); delete {checkpoint} to resume from the one before it"
-        ) from error
-    restore_optimizer(trainer.model, trainer.optimizer, tensors)
-    trainer.updates = progress.updates
+        trainer.updater.restore(chain.from_iterable(map(read_tensors, paths)))
+    except ValueError as error:
+        raise ValueError(f"{checkpoint} cannot be resumed: {error}") from error
+    trainer.updates, trainer.skipped = progress.updates, progress.skipped
     return progress
 
 

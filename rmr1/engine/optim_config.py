@@ -28,6 +28,22 @@ class OptimConfig(BaseModel):
     beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
+    max_skipped: int = Field(
+        5, ge=1, description="stop after so many updates in a row whose gradient was not finite"
+    )
+
+
+class ZeroConfig(BaseModel):
+    """How a job of several ranks spreads a model, by DeepSpeed's ZeRO. One process needs none."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stage: Literal[1, 2, 3] = Field(
+        2, description="shard the optimiser's state, (2) gradients too, (3) weights as well"
+    )
+    offload_optimizer: bool = Field(
+        False, description="keep the optimiser's state in host memory and step there"
+    )
 
 
 def learning_rate(config: OptimConfig, update: int, total_updates: int) -> float:

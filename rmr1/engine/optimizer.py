@@ -1,57 +1,121 @@
-"""AdamW and its state as plain tensors (no pickle)."""
+"""AdamW of one process, and its state as plain tensors (no pickle)."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from rmr1.engine.optim_config import OptimConfig
 
-
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW; matrices decay, norms and biases do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in parameters if p.ndim >= 2]
-    vectors = [p for p in parameters if p.ndim < 2]
-    return torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
-    )
+MASTER = "master"  # the fp32 copy of a parameter that has fewer bits
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    """The optimiser's state, named `<state>.<parameter>`; empty before the first update."""
-    return {
-        f"{key}.{name}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+class Optimizer:
+    """Fused AdamW over a model's parameters; matrices decay, norms and biases do not.
+
+    Parameters in 16 bits are trained through fp32 copies: in bf16 a step smaller than 1/256 of a
+    weight would be lost, and at the learning rates of RL nearly all are.
+    """
+
+    def __init__(self, model: nn.Module, config: OptimConfig) -> None:
+        self.max_grad_norm = config.max_grad_norm
+        self._named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._masters = {
+            name: p if p.dtype in (torch.float32, torch.float64) else p.detach().float()
+            for name, p in self._named.items()
+        }
+        self.adamw = torch.optim.AdamW(
+            parameter_groups(self._masters.values(), config),
+            lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            fused=True,
+        )
+
+    def take_gradients(self) -> None:
+        """Add gradients in 16 bits to those of the fp32 copies, as after each micro-batch."""
+        for name, master in self._masters.items():
+            gradient = self._named[name].grad
+            if master is not self._named[name] and gradient is not None:
+                more = gradient.to(master.dtype)
+                master.grad = more if master.grad is None else master.grad.add_(more)
+                self._named[name].grad = None
+
+    def step(self, rate: float) -> float:
+        """Clip, step and forget the gradient: its norm before clipping.
+
+        A gradient that is not finite changes nothing.
+        """
+        norm = torch.nn.utils.clip_grad_norm_(self._masters.values(), self.max_grad_norm)
+        if bool(torch.isfinite(norm)):
+            for group in self.adamw.param_groups:
+                group["lr"] = rate
+            self.adamw.step()
+            self._copy_weights()
+        self.adamw.zero_grad(set_to_none=True)
+        return norm.item()
+
+    @torch.no_grad()
+    def _copy_weights(self) -> None:
+        for name, master in self._masters.items():
+            if master is not self._named[name]:
+                self._named[name].copy_(master)
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """`<state>.<parameter>` with its tensor: `step`, moments, and fp32 copies where there are
+        some. Nothing before the first step.
+        """
+        for name, master in self._masters.items():
+            own = self.adamw.state.get(master, {})
+            for key, value in own.items():
+                yield f"{key}.{name}", value
+            if own and master is not self._named[name]:
+                yield f"{MASTER}.{name}", master
+
+    @torch.no_grad()
+    def restore(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Put back what `state` gave.
+
+        Raises:
+            ValueError: the tensors are of another model.
+        """
+        shapes = {name: parameter.shape for name, parameter in self._named.items()}
+        for key, value in tensors:
+            state, name = checked_key(key, value, shapes)
+            master = self._masters[name]
+            if state == MASTER:
+                if master is not self._named[name]:
+                    master.copy_(value)
+            else:
+                # A copy of its own, where the fused kernel wants it: what was read may be a window
+                # on the checkpoint's file.
+                self.adamw.state[master][state] = value.to(master.device, copy=True)
 
 
-def restore_optimizer(
-    model: nn.Module, optimizer: torch.optim.AdamW, tensors: dict[str, Tensor]
-) -> None:
-    """Put back what `optimizer_tensors` gave."""
-    parameters = dict(model.named_parameters())
-    for key, value in tensors.items():
-        state, name = key.split(".", 1)
-        parameter = parameters.get(name)
-        if parameter is None:
-            raise ValueError(
-                f"the optimiser state holds {name!r}, which the model does not have; resume with"
-                " the model that the checkpoint was made from"
-            )
-        if value.ndim and value.shape != parameter.shape:
-            raise ValueError(
-                f"the optimiser state of {name} has shape {list(value.shape)}, the model's tensor"
-                f" {list(parameter.shape)}; resume with the model that the checkpoint was made from"
-            )
-        # A copy of its own, where the fused kernel wants it: what was read may be a window on the
-        # checkpoint's file.
-        optimizer.state[parameter][state] = value.to(parameter.device, copy=True)
+def parameter_groups(parameters: Iterable[Tensor], config: OptimConfig) -> list[dict[str, object]]:
+    """Matrices, which decay, and vectors, which do not."""
+    matrices, vectors = list[Tensor](), list[Tensor]()
+    for parameter in parameters:
+        (matrices if parameter.ndim >= 2 else vectors).append(parameter)
+    return [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+
+
+def checked_key(key: str, value: Tensor, shapes: Mapping[str, torch.Size]) -> tuple[str, str]:
+    """The state and the parameter that a tensor belongs to; ValueError where it has no place."""
+    state, _, name = key.partition(".")
+    if name not in shapes:
+        raise ValueError(
+            f"the optimiser state holds {name!r}, which the model does not have; resume with"
+            " the model that the checkpoint was made from"
+        )
+    if value.ndim and value.shape != shapes[name]:
+        raise ValueError(
+            f"the optimiser state of {name} has shape {list(value.shape)}, the model's tensor"
+            f" {list(shapes[name])}; resume with the model that the checkpoint was made from"
+        )
+    return state, name

@@ -193,24 +193,6 @@ class Batch:
         for part in range(parts):
             yield self.slice(part * total // parts, (part + 1) * total // parts)
 
-    def micro_batches(self, max_tokens: int) -> Iterator[Batch]:
-        """Cut into runs of at most `max_tokens` tokens (one longer sequence stands alone).
-
-        A group that is cut has its prompt in every part.
-        """
-        first = sequence = tokens = 0
-        for group in self.groups:
-            missing = group.prompt  # this run has no token of the prompt yet
-            for count in group.responses:
-                if sequence > first and tokens + missing + count > max_tokens:
-                    yield self.slice(first, sequence)
-                    first, tokens, missing = sequence, 0, group.prompt
-                tokens += missing + count
-                missing = 0
-                sequence += 1
-        if first < sequence:
-            yield self.slice(first, sequence)
-
     def _places(self) -> Iterator[tuple[int, int, int]]:
         """Of each sequence the end of its prompt, and the start and the length of its response."""
         token = 0

@@ -6,22 +6,34 @@ loss divides by the token count of the whole update, so micro-batches only bound
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from rmr1.engine.balance import shares
 from rmr1.engine.model import CausalLM
-from rmr1.engine.optim_config import OptimConfig, learning_rate
-from rmr1.engine.optimizer import make_optimizer
+from rmr1.engine.optim_config import OptimConfig, ZeroConfig, learning_rate
 from rmr1.engine.packing import Batch, Counts, Responses
 from rmr1.engine.phases import Phases
+from rmr1.engine.ranks import Ranks
 from rmr1.engine.scorer import Scorer
+from rmr1.engine.updater import Local, Updater
+from rmr1.engine.zero import Zero
 
 # (log-probabilities [R], the response tokens they belong to, the counts of the whole update)
 # -> loss, and statistics, both of which add up over the parts of an update
 Loss = Callable[[Tensor, Responses, Counts], tuple[Tensor, dict[str, Tensor]]]
+
+
+class NotFinite(Exception):
+    """Too many updates in a row had a gradient that is not finite; `batch` is the last one's."""
+
+    def __init__(self, batch: Batch, count: int) -> None:
+        super().__init__(f"the gradients of {count} updates in a row were not finite")
+        self.batch = batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +48,10 @@ class StepStats:
 
 
 class Trainer:
-    """A model with its optimiser. `updates` counts the updates made since the run began."""
+    """A model with its optimiser. `updates` counts the updates made since the run began.
+
+    With several ranks every one of them is given the same batches and works on its share.
+    """
 
     def __init__(
         self,
@@ -46,16 +61,24 @@ class Trainer:
         total_updates: int,
         max_micro_tokens: int = 8192,
         temperature: float = 1.0,
+        ranks: Ranks | None = None,
+        zero: ZeroConfig | None = None,
     ) -> None:
         self.model = model
-        self.scorer = Scorer(model)
         self.config = config
-        self.optimizer = make_optimizer(model, config)
+        self.ranks = ranks or Ranks()
+        self.updater: Updater = (
+            Local(model, config)
+            if self.ranks.size == 1
+            else Zero(model, config, zero or ZeroConfig(), self.ranks)
+        )
         self.total_updates = total_updates
         self.max_micro_tokens = max_micro_tokens
         self.temperature = temperature
         self.updates = 0
-        self.phases = Phases(model.lm_head_weight.device)
+        self.skipped = 0  # of those, the last ones in a row whose gradient was not finite
+        self.device = model.lm_head_weight.device
+        self.phases = Phases(self.device)
 
     def update(self, batch: Batch, loss: Loss, *, per_token: bool = False) -> StepStats:
         """Make one optimiser step on `batch`, in micro-batches of `max_micro_tokens`.
@@ -64,49 +87,74 @@ class Trainer:
         then asked chunk by chunk, and the head multiplies three times instead of four
         (rmr1/kernels/token_loss.py). A gradient that is not finite leaves the weights alone and is
         reported as such.
+
+        Raises:
+            NotFinite: that was the case `OptimConfig.max_skipped` times in a row.
         """
         counts = batch.counts
         stats: dict[str, Tensor] = {}
-        device = self.model.lm_head_weight.device
-        for part in batch.micro_batches(self.max_micro_tokens):
-            self._add_gradient(part.to(device), loss, counts, per_token, stats)
-        sums = {name: value.item() for name, value in stats.items()}
+        runs = shares(batch.groups, self.max_micro_tokens, self.ranks.size)[self.ranks.rank]
+        for number, run in enumerate(runs):
+            # A rank that has nothing to do joins in: the others gather and reduce with it.
+            part = batch.slice(*(run or (0, 1))).to(self.device)
+            last = number == len(runs) - 1
+            self._add_gradient(part, loss, counts, per_token, stats, empty=run is None, last=last)
+        sums = self.ranks.reduce({name: value.item() for name, value in stats.items()})
         with self.phases("optimizer"):
-            norm, rate = self._step()
+            rate = learning_rate(self.config, self.updates, self.total_updates)
+            norm = self.updater.step(rate)
         self.updates += 1
-        return StepStats(sums.pop("loss"), sums.pop("entropy"), norm.item(), rate, sums)
+        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+        if self.skipped >= self.config.max_skipped:
+            raise NotFinite(batch, self.skipped)
+        return StepStats(sums.pop("loss"), sums.pop("entropy"), norm, rate, sums)
 
     def _add_gradient(
-        self, batch: Batch, loss: Loss, counts: Counts, per_token: bool, stats: dict[str, Tensor]
+        self,
+        batch: Batch,
+        loss: Loss,
+        counts: Counts,
+        per_token: bool,
+        stats: dict[str, Tensor],
+        *,
+        empty: bool,
+        last: bool,
     ) -> None:
-        """Add the gradient of one micro-batch to the parameters', and its figures to `stats`."""
+        """Add the gradient of one micro-batch to the parameters', and its figures to `stats`.
+
+        One that is `empty` adds nothing.
+        """
         responses = batch.responses
+        weight = 0.0 if empty else 1.0
 
         def part_loss(logprobs: Tensor, rows: slice) -> Tensor:
             value, more = loss(logprobs, responses.rows(rows), counts)
-            _accumulate(stats, {"loss": value.detach(), **more})
+            value = value * weight
+            extremes = {n: v for n, v in more.items() if n.endswith(("_max", "_min"))}
+            sums = {n: v * weight for n, v in more.items() if n not in extremes}
+            _accumulate(stats, {"loss": value.detach(), **sums, **extremes})
             return value
 
         with self.phases("forward"):
             if per_token:
-                value, entropy = self.scorer(batch, self.temperature, part_loss)
+                value, entropy = self.updater.score(batch, self.temperature, part_loss)
             else:
-                logprobs, entropy = self.scorer(batch, self.temperature)
+                logprobs, entropy = self.updater.score(batch, self.temperature)
                 value = part_loss(logprobs, slice(0, len(logprobs)))
         with self.phases("backward"):
-            torch.autograd.backward(value)
-        _accumulate(stats, {"entropy": entropy.detach().sum() / counts.tokens})
+            self.updater.backward(value, last=last)
+        _accumulate(stats, {"entropy": entropy.detach().sum() * weight / counts.tokens})
 
-    def _step(self) -> tuple[Tensor, float]:
-        """Clip, step and forget the gradient: its norm before clipping, and the learning rate."""
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-        rate = learning_rate(self.config, self.updates, self.total_updates)
-        if bool(torch.isfinite(norm)):
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm, rate
+    def score(self, batch: Batch) -> Tensor:
+        """Log-probabilities under the policy, without a gradient: [R] on the host, of all ranks."""
+        return _score(
+            self.updater.score,
+            batch,
+            self.device,
+            self.max_micro_tokens,
+            self.temperature,
+            self.ranks,
+        )
 
 
 def _accumulate(sums: dict[str, Tensor], stats: dict[str, Tensor]) -> None:
@@ -122,13 +170,34 @@ def _accumulate(sums: dict[str, Tensor], stats: dict[str, Tensor]) -> None:
             sums[name] = sums[name] + value
 
 
-@torch.no_grad()
 def score(
-    model: CausalLM, batch: Batch, *, max_micro_tokens: int = 8192, temperature: float = 1.0
+    model: CausalLM,
+    batch: Batch,
+    *,
+    max_micro_tokens: int = 8192,
+    temperature: float = 1.0,
+    ranks: Ranks | None = None,
 ) -> Tensor:
-    """Log-probabilities of the response tokens without a gradient, [R] on the host."""
+    """Log-probabilities under a model that is whole, without a gradient: [R] on the host.
+
+    Each rank scores its share of the batch, which all of them were given, and gets all.
+    """
     device = model.lm_head_weight.device
-    micros = batch.micro_batches(max_micro_tokens)
-    scorer = Scorer(model)
-    scored = [scorer(micro.to(device), temperature)[0] for micro in micros]
-    return torch.cat(scored).cpu()
+    return _score(Scorer(model), batch, device, max_micro_tokens, temperature, ranks or Ranks())
+
+
+@torch.no_grad()
+def _score(
+    scorer: Callable[..., tuple[Tensor, Tensor]],
+    batch: Batch,
+    device: torch.device,
+    max_micro_tokens: int,
+    temperature: float,
+    ranks: Ranks,
+) -> Tensor:
+    found = [torch.empty(0)]
+    for run in shares(batch.groups, max_micro_tokens, ranks.size)[ranks.rank]:
+        logprobs = scorer(batch.slice(*(run or (0, 1))).to(device), temperature)[0]
+        if run is not None:
+            found.append(logprobs.cpu())
+    return ranks.gather(torch.cat(found))

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rmr1.engine.config_json import read_json
 from rmr1.engine.model import CausalLM, ModelConfig
+from rmr1.engine.tensor_files import SHARD_BYTES, write_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -162,7 +162,25 @@ def save_model(
     directory: str | Path,
     *,
     extra_files_from: str | Path | None = None,
-    max_shard_bytes: int = 4 * 1024**3,
+    max_shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a directory that `load_model`, transformers and vLLM read; see `save_weights`."""
+    save_weights(
+        model.state_dict().items(),
+        model.config,
+        directory,
+        extra_files_from=extra_files_from,
+        max_shard_bytes=max_shard_bytes,
+    )
+
+
+def save_weights(
+    named: Iterable[tuple[str, Tensor]],
+    config: ModelConfig,
+    directory: str | Path,
+    *,
+    extra_files_from: str | Path | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a directory that `load_model`, transformers and vLLM read.
 
@@ -170,7 +188,8 @@ def save_model(
     writing leaves what stood there before.
 
     Args:
-        model: its parameters are written in their dtype.
+        named: the parameters, which are written in their dtype; one file's worth is held at a time.
+        config: of their model.
         directory: made if it does not exist; an older model in it is replaced.
         extra_files_from: a model directory whose tokenizer files are copied along.
         max_shard_bytes: weights above this are split into several files with an index.
@@ -183,16 +202,23 @@ def save_model(
     if extra_files_from is not None and not Path(extra_files_from).is_dir():
         raise ValueError(f"extra_files_from: {extra_files_from} is no directory.")
     directory.mkdir(parents=True, exist_ok=True)
-    shards = _shards(model.state_dict(), max_shard_bytes)
-    files = _Aside(directory)
+    files, dtypes = _Aside(directory), list[torch.dtype]()
+
+    def noted() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in named:
+            dtypes.append(tensor.dtype)
+            yield name, tensor
+
     try:
-        for name, tensors in shards.items():
-            _write_tensors(files.path(name), tensors)
+        written = write_tensors(noted(), lambda n: files.path(_shard(n)), max_bytes=max_shard_bytes)
+        shards = {_shard(n, len(written)): names for n, names in enumerate(written)}
+        for number, name in enumerate(shards):  # how many there are is known only now
+            files.rename(_shard(number), name)
         if len(shards) > 1:
             files.path(INDEX_FILE).write_text(_index(shards), encoding="utf-8")
-        dtype = str(model.lm_head_weight.dtype).removeprefix("torch.")
-        config = {**model.config.to_dict(), "torch_dtype": dtype}
-        files.path("config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        dtype = str(dtypes[0]).removeprefix("torch.")
+        about = {**config.to_dict(), "torch_dtype": dtype}
+        files.path("config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         for name in EXTRA_FILES if extra_files_from is not None else ():
             source = Path(str(extra_files_from)) / name
             if source.is_file():
@@ -206,36 +232,17 @@ def save_model(
             old.unlink(missing_ok=True)
 
 
-def _shards(state: dict[str, Tensor], limit: int) -> dict[str, dict[str, Tensor]]:
-    """Distribute the tensors, in order, over files of at most `limit` bytes (or one tensor)."""
-    groups: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in state.items():
-        if groups[-1] and size + tensor.nbytes > limit:
-            groups.append({})
-            size = 0
-        groups[-1][name] = tensor
-        size += tensor.nbytes
-    if len(groups) == 1:
-        return {SINGLE_FILE: groups[0]}
-    return {
-        f"model-{number:05d}-of-{len(groups):05d}.safetensors": group
-        for number, group in enumerate(groups, start=1)
-    }
+def _shard(number: int, count: int = 0) -> str:
+    """The name of file `number` of `count`; of 0, while nobody knows how many there will be."""
+    if count == 1:
+        return SINGLE_FILE
+    return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
-def _index(shards: dict[str, dict[str, Tensor]]) -> str:
-    total = sum(tensor.nbytes for tensors in shards.values() for tensor in tensors.values())
-    places = {name: file for file, tensors in shards.items() for name in tensors}
+def _index(shards: dict[str, dict[str, int]]) -> str:
+    total = sum(sum(sizes.values()) for sizes in shards.values())
+    places = {name: file for file, names in shards.items() for name in names}
     return json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2) + "\n"
-
-
-def _write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        save_file(plain, file, metadata={"format": "pt"})
-    except SafetensorError as error:  # how safetensors reports a full disk
-        raise OSError(errno.EIO, f"cannot write weights ({error})", str(file)) from error
 
 
 class _Aside:
@@ -250,6 +257,12 @@ class _Aside:
         if name not in self.names:
             self.names.append(name)
         return self.directory / f".{name}.{os.getpid()}.partial"
+
+    def rename(self, old: str, new: str) -> None:
+        """Let what was written for one name be called another."""
+        if old != new:
+            self.path(old).rename(self.path(new))
+            self.names.remove(old)
 
     def put_in_place(self) -> None:
         """Flush all files to the disk, then give them their names."""
