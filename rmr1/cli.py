@@ -91,7 +91,7 @@ def _run(args: list[str]) -> int:
     except KeyboardInterrupt as stop:
         print(f"rmr1: stopped{f'; {stop}' if str(stop) else ''}", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         if os.environ.get("RMR1_TRACEBACK"):
             raise
         print(f"rmr1: {_sentence(error, trains=module == 'rmr1.cli_training')}", file=sys.stderr)
@@ -105,7 +105,7 @@ class _Tell(logging.Handler):
         print(record.getMessage(), file=sys.stderr)
 
 
-def _sentence(error: ValueError | OSError, *, trains: bool) -> str:
+def _sentence(error: ValueError | OSError | MemoryError, *, trains: bool) -> str:
     """The error in one sentence; a verb that `trains` has checkpoints to go on from."""
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""

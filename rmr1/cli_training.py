@@ -19,6 +19,7 @@ from rmr1.cli_arguments import SETTINGS, Verb
 from rmr1.config import RlvrConfig, SftConfig
 from rmr1.data import read_rows
 from rmr1.demo_config import DemoConfig
+from rmr1.engine.launch import launched
 from rmr1.terminal import Phase, phase, print_table
 
 TOML = Field("", description="TOML file; options given beside it win over the file")
@@ -73,6 +74,9 @@ class Sft(SftConfig, Verb):
         from rmr1.models import resolve_model
 
         config = SftConfig.model_validate(self.model_dump(include=set(SftConfig.model_fields)))
+        if not _speaks():
+            distill(config)
+            return 0
         resolve_model(config.model)  # an import has a bar of its own: not inside another one
         with _steps("Distil") as bar:
             follow = partial(_follow, bar, ("loss", "grad_norm"))
@@ -95,11 +99,20 @@ class Rlvr(RlvrConfig, Verb):
         from rmr1.rlvr import rlvr
 
         config = RlvrConfig.model_validate(self.model_dump(include=set(RlvrConfig.model_fields)))
+        if not _speaks():
+            rlvr(config)
+            return 0
         resolve_model(config.model)  # an import has a bar of its own: not inside another one
         with _steps("RL") as bar:
             follow = partial(_follow, bar, ("reward", "kl", "entropy"))
             model = rlvr(config, on_start=bar.begin, on_step=follow)
         return _finish(config, str(model))
+
+
+def _speaks() -> bool:
+    """Whether this process shows progress and results: of a job's ranks the first one does."""
+    place = launched()
+    return place is None or place.rank == 0
 
 
 def _steps(title: str) -> AbstractContextManager[Phase]:

@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from rmr1.engine.optim_config import OptimConfig, Recompute
+from rmr1.engine.optim_config import OptimConfig, Recompute, ZeroConfig
 from rmr1.grpo_config import GrpoConfig, RolloutConfig, refuse_more_minibatches
 from rmr1.prompts import Style
 from rmr1.section import Section
@@ -69,6 +69,7 @@ class RunConfig(Section):
     keep_checkpoints: int = Field(2, ge=1, description="how many checkpoints stay on the disk")
     data: DataConfig
     optim: OptimConfig = OptimConfig()
+    zero: ZeroConfig = ZeroConfig()
 
     @property
     def directory(self) -> Path:

@@ -13,14 +13,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rmr1.config import SftConfig
 from rmr1.data import Pair, shuffled_epochs
 from rmr1.engine.checkpoint import Progress, restore_trainer
+from rmr1.engine.launch import launched
 from rmr1.engine.memory_plan import peak_memory
 from rmr1.engine.packing import Counts, Responses, pack
-from rmr1.engine.trainer import Trainer
+from rmr1.engine.ranks import Ranks, joined
+from rmr1.engine.trainer import NotFinite, Trainer
 from rmr1.engine.weights import load_model, read_config
 from rmr1.models import load_tokenizer, resolve_device, resolve_model
 from rmr1.prompts import encode, render
@@ -40,63 +43,101 @@ def nll(logprobs: Tensor, responses: Responses, counts: Counts) -> tuple[Tensor,
 def distill(
     config: SftConfig, *, on_start: OnStart | None = None, on_step: OnStep | None = None
 ) -> Path:
-    """Run or resume stage 1 and return the directory of the distilled model."""
-    run = Run(config)
-    start = resolve_model(config.model)
-    tokenizer = load_tokenizer(start)
-    positions = read_config(start).max_position_embeddings
-    traces, dropped = tokenize_traces(config, training_pairs(config), tokenizer, positions)
-    per_epoch = math.ceil(len(traces) / config.batch_size)
-    steps = config.epochs * per_epoch
-    device = resolve_device(config.device)
-    model = load_model(run.checkpoint or start, dtype=config.dtype, device=device)
-    prepare_memory(model, config, reference=False)
-    trainer = Trainer(
-        model, config.optim, total_updates=steps, max_micro_tokens=config.max_micro_tokens
-    )
-    progress = Progress(0, 0, 0)
-    if run.checkpoint is not None:
-        progress = restore_trainer(run.checkpoint, trainer)
-    run.start(progress)
-    stream = islice(shuffled_epochs(traces, config.seed), progress.drawn, None)
-    if on_start is not None:
-        on_start(progress.step, steps)
-    with StopRequest() as stop:
-        for step in range(progress.step + 1, steps + 1):
-            began = time.perf_counter()
-            rows = list(
-                islice(stream, min(config.batch_size, _left(step, per_epoch, traces, config)))
-            )
-            batch = pack([row[0] for row in rows], [row[1] for row in rows])
+    """Run or resume stage 1 and return the directory of the distilled model.
+
+    A launcher's environment (see rmr1/engine/launch.py) makes it a rank of a job.
+    """
+    place = launched()
+    device = torch.device(resolve_device(config.device, place))
+    with joined(place, device) as ranks, Run(config, ranks) as run:
+        start = resolve_model(config.model)
+        stage = _Stage(config, run, ranks, start, device)
+        progress = stage.resume()
+        if on_start is not None:
+            on_start(progress.step, stage.steps)
+        with StopRequest() as stop:
+            for step in range(progress.step + 1, stage.steps + 1):
+                row = stage.step(step)
+                if on_step is not None:
+                    on_step(step, stage.steps, {"loss": row["loss"]})
+                stopping = ranks.any(stop.requested)
+                if step % config.checkpoint_every == 0 or step == stage.steps or stopping:
+                    saved = run.save(stage.trainer, stage.progress, tokenizer_from=start)
+                    # Only here: what asks to stop from now on finds the next step's save.
+                    if stopping:
+                        said = f"saved {saved}; run the same command again to go on"
+                        raise KeyboardInterrupt(said)
+        return run.checkpoints / f"step-{stage.steps:06d}"
+
+
+class _Stage:
+    """What lives through all steps of a run: the model and the traces."""
+
+    def __init__(
+        self, config: SftConfig, run: Run, ranks: Ranks, start: Path, device: torch.device
+    ) -> None:
+        self.config, self.run = config, run
+        positions = read_config(start).max_position_embeddings
+        self.traces, self.dropped = tokenize_traces(
+            config, training_pairs(config), load_tokenizer(start), positions
+        )
+        self.per_epoch = math.ceil(len(self.traces) / config.batch_size)
+        self.steps = config.epochs * self.per_epoch
+        model = load_model(run.checkpoint or start, dtype=config.dtype, device=device)
+        prepare_memory(model, config, reference=False)
+        self.trainer = Trainer(
+            model,
+            config.optim,
+            total_updates=self.steps,
+            max_micro_tokens=config.max_micro_tokens,
+            ranks=ranks,
+            zero=config.zero,
+        )
+        self.progress = Progress(0, 0, 0)
+
+    def resume(self) -> Progress:
+        """Restore the newest checkpoint, if there is one, and place the data cursor."""
+        if self.run.checkpoint is not None:
+            self.progress = restore_trainer(self.run.checkpoint, self.trainer)
+        self.run.start(self.progress)
+        self.stream = islice(
+            shuffled_epochs(self.traces, self.config.seed), self.progress.drawn, None
+        )
+        return self.progress
+
+    def step(self, step: int) -> dict[str, Any]:
+        """One update; returns its row of metrics."""
+        began = time.perf_counter()
+        rows = list(islice(self.stream, min(self.config.batch_size, self._left(step))))
+        batch = pack([row[0] for row in rows], [row[1] for row in rows])
+        trainer = self.trainer
+        try:
             stats = trainer.update(batch, nll, per_token=True)
-            progress = Progress(step, trainer.updates, progress.drawn + len(rows))
-            row = {
-                "stage": "sft",
-                "step": step,
-                "loss": stats.loss,
-                "entropy": stats.entropy,
-                "grad_norm": stats.grad_norm,
-                "learning_rate": stats.learning_rate,
-                "num_tokens": batch.response_tokens,
-                "dropped_prompts": dropped,
-                **{f"{name}_time": seconds for name, seconds in trainer.phases.take().items()},
-                "peak_memory_gb": peak_memory(trainer.model.lm_head_weight.device) / 1e9,
-                "step_time": time.perf_counter() - began,
-            }
-            run.log(row)
-            if on_step is not None:
-                on_step(step, steps, {"loss": stats.loss})
-            if step % config.checkpoint_every == 0 or step == steps or stop.requested:
-                saved = run.save(trainer, progress, tokenizer_from=start)
-                # Only here: what asks to stop from now on finds the next step's save.
-                if stop.requested:
-                    raise KeyboardInterrupt(f"saved {saved}; run the same command again to go on")
-    return run.checkpoints / f"step-{steps:06d}"
+        except NotFinite as error:
+            raise self.run.not_finite(error, step) from error
+        self.progress = Progress(
+            step, trainer.updates, self.progress.drawn + len(rows), skipped=trainer.skipped
+        )
+        row = {
+            "stage": "sft",
+            "step": step,
+            "loss": stats.loss,
+            "entropy": stats.entropy,
+            "grad_norm": stats.grad_norm,
+            "learning_rate": stats.learning_rate,
+            "skipped_updates": int(not math.isfinite(stats.grad_norm)),
+            "num_tokens": batch.response_tokens,
+            "dropped_prompts": self.dropped,
+            **{f"{name}_time": seconds for name, seconds in trainer.phases.take().items()},
+            "peak_memory_gb": peak_memory(trainer.device) / 1e9,
+            "step_time": time.perf_counter() - began,
+        }
+        self.run.log(row)
+        return row
 
-
-def _left(step: int, per_epoch: int, traces: list[Any], config: SftConfig) -> int:
-    """Traces of the epoch that step `step` may still take: epochs do not run into each other."""
-    return len(traces) - ((step - 1) % per_epoch) * config.batch_size
+    def _left(self, step: int) -> int:
+        """Traces of the epoch that a step may still take: epochs do not run into each other."""
+        return len(self.traces) - ((step - 1) % self.per_epoch) * self.config.batch_size
 
 
 def tokenize_traces(

@@ -7,35 +7,30 @@ mean per micro-batch), and a prompt is computed once for all of its samples.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from rmr1.engine.generator import Generator, Rollout, SamplingParams
+from rmr1.engine.generator import Generator, SamplingParams
 from rmr1.engine.model import CausalLM
-from rmr1.engine.optim_config import OptimConfig
 from rmr1.engine.packing import Batch, Counts, Responses, pack
 from rmr1.engine.phases import Phases
+from rmr1.engine.reference import Reference
 from rmr1.engine.trainer import Loss, StepStats, Trainer, score
+from rmr1.group_sampling import Drawn, GroupSampler, Reward, Samples, Task
 from rmr1.grpo_config import GrpoConfig, RolloutConfig
 from rmr1.kernels.group_advantage import group_advantages
 from rmr1.kernels.policy_loss import PolicyLossConfig, policy_loss
 
-# Rewards [N] of the samples of a step: those of the first prompt, then those of the second, ...
-Reward = Callable[[list[Rollout]], Tensor]
-
 
 @dataclass(frozen=True, slots=True)
 class GrpoStep:
-    """What a step did. `seconds` by phase; N samples, those of a prompt side by side."""
+    """What a step did. `seconds` by phase, of this rank."""
 
-    rollouts: list[Rollout]
-    rewards: Tensor  # [N]
-    groups: Tensor  # [N] int64, the prompt of each
+    drawn: Drawn
     batch: Batch
     updates: list[StepStats]
     seconds: dict[str, float]
@@ -43,8 +38,8 @@ class GrpoStep:
     def figures(self) -> dict[str, float]:
         """Of rewards, lengths, updates and time, by TRL's names."""
         return {
-            **_reward_figures(self.rewards, self.groups),
-            **_length_figures(self.rollouts),
+            **_reward_figures(self.drawn.samples),
+            **_length_figures(self.drawn.samples),
             **_update_figures(self.updates),
             **_mismatch_figures(self.batch, self.updates[0]),
             "num_tokens": self.batch.response_tokens,
@@ -53,86 +48,102 @@ class GrpoStep:
 
 
 class Grpo:
-    """A policy with what trains it. `reference` is the model that the KL is measured to."""
+    """A policy with what trains it. `reference` is the model that the KL is measured to.
+
+    `trainer` updates the policy. Where it holds the weights in shards (`trainer.updater.whole` is
+    false), `sampler` is a model of its own to sample with.
+    """
 
     def __init__(
         self,
-        policy: CausalLM,
+        trainer: Trainer,
         tokenizer: Any,
         *,
-        reference: CausalLM | None,
+        reference: Reference | None,
         rollout: RolloutConfig,
         grpo: GrpoConfig,
-        optim: OptimConfig,
-        total_updates: int,
-        max_micro_tokens: int,
+        sampler: CausalLM | None = None,
     ) -> None:
         if (reference is None) != (grpo.beta == 0):
             raise ValueError(
                 f"a reference is needed if, and only if, beta > 0; beta is {grpo.beta}"
             )
-        self.reference, self.rollout, self.config = reference, rollout, grpo
-        self.max_micro_tokens = max_micro_tokens
-        self.trainer = Trainer(
-            policy,
-            optim,
-            total_updates=total_updates,
-            max_micro_tokens=max_micro_tokens,
-            temperature=rollout.temperature,
+        if (sampler is None) != trainer.updater.whole:
+            raise ValueError("a sampler is needed if, and only if, the trainer shards its weights")
+        self.trainer, self.reference, self.config = trainer, reference, grpo
+        self.generator = Generator(
+            sampler or trainer.model, tokenizer, kv_memory_gb=rollout.kv_memory_gb
         )
-        self.generator = Generator(policy, tokenizer, kv_memory_gb=rollout.kv_memory_gb)
         self.sampling = SamplingParams(
             n=rollout.samples,
             temperature=rollout.temperature,
             top_p=rollout.top_p,
             max_new_tokens=rollout.max_new_tokens,
         )
+        self.prompts = rollout.prompts
         self.objective = objective_of(grpo, rollout.max_new_tokens)
         self.loss = _loss(self.objective)
-        self.phases = Phases(policy.lm_head_weight.device)
+        self.phases = Phases(trainer.device)
 
-    def step(self, prompts: list[list[int]], reward: Reward, *, seed: int) -> GrpoStep:
+    def step(self, tasks: Iterator[Task], reward: Reward, *, seed: int) -> GrpoStep:
         """One rollout and the updates made of it."""
-        phase, samples = self.phases, self.rollout.samples
-        with phase("rollout"):
-            sampling = replace(self.sampling, seed=seed)
-            rollouts = list(chain(*self.generator.generate(prompts, sampling)))
+        phase, trainer = self.phases, self.trainer
+        drawn = self._sampler().draw(tasks, reward, seed=seed)
+        chosen = drawn.chosen
         with phase("reward"):
-            rewards = reward(rollouts)
-            groups = torch.arange(len(prompts)).repeat_interleave(samples)
             advantages = group_advantages(
-                rewards, groups, scale=self.config.scale, baseline=self.config.baseline
+                chosen.rewards,
+                chosen.groups,
+                scale=self.config.scale,
+                baseline=self.config.baseline,
             )
         batch = pack(  # a prompt once, its samples behind it
-            prompts,
-            [rollout.token_ids for rollout in rollouts],
-            samples=samples,
+            chosen.prompts,
+            chosen.token_ids,
+            samples=self.sampling.n,
             advantages=advantages,
-            rollout_logprobs=[rollout.logprobs for rollout in rollouts],
+            rollout_logprobs=chosen.logprobs,
         )
         with phase("reference"):
-            ref = None if self.reference is None else self._score(self.reference, batch)
+            ref = None if self.reference is None else self._score_reference(batch, self.reference)
         with phase("old_logprobs"):
             recompute = self.config.old_logprobs == "recompute"
-            old = self._score(self.trainer.model, batch) if recompute else batch.rollout_logprobs
+            old = trainer.score(batch) if recompute else batch.rollout_logprobs
         batch = batch.with_logprobs(old=old, ref=ref)
         with phase("update"):
             updates = [
-                self.trainer.update(mini, self.loss, per_token=self.objective.per_token)
+                trainer.update(mini, self.loss, per_token=self.objective.per_token)
                 for mini in batch.split(self.config.minibatches)
             ]
-        with phase("sync"):  # its own parameters: what it has cached is stale
-            self.generator.sync(self.trainer.model)
-        seconds = phase.take() | self.trainer.phases.take()
-        return GrpoStep(rollouts, rewards, groups, batch, updates, seconds)
+        with phase("sync"):  # what the generator has cached is stale
+            self.sync()
+        return GrpoStep(drawn, batch, updates, phase.take() | trainer.phases.take())
 
-    def _score(self, model: CausalLM, batch: Batch) -> Tensor:
-        return score(
-            model,
-            batch,
-            max_micro_tokens=self.max_micro_tokens,
-            temperature=self.rollout.temperature,
+    def sync(self) -> None:
+        """Give the generator the trainer's weights: its own parameters, or gathered from shards."""
+        updater = self.trainer.updater
+        self.generator.sync(updater.model if updater.whole else updater.weights())
+
+    def _sampler(self) -> GroupSampler:
+        return GroupSampler(
+            self.generator,
+            self.sampling,
+            self.prompts,
+            self.config.resample_rounds,
+            self.trainer.ranks,
+            self.phases,
         )
+
+    def _score_reference(self, batch: Batch, reference: Reference) -> Tensor:
+        trainer = self.trainer
+        with reference.ready() as model:
+            return score(
+                model,
+                batch,
+                max_micro_tokens=trainer.max_micro_tokens,
+                temperature=trainer.temperature,
+                ranks=trainer.ranks,
+            )
 
 
 def objective_of(grpo: GrpoConfig, max_new_tokens: int) -> PolicyLossConfig:
@@ -175,22 +186,23 @@ def _loss(objective: PolicyLossConfig) -> Loss:
 # --- Figures -------------------------------------------------------------------------------------
 
 
-def _reward_figures(rewards: Tensor, groups: Tensor) -> dict[str, float]:
-    spread = rewards.view(int(groups[-1]) + 1, -1).std(dim=1)  # [P]
+def _reward_figures(samples: Samples) -> dict[str, float]:
+    """Of all that was sampled, whether it was trained on or not."""
+    spread = samples.rewards.view(len(samples.prompts), -1).std(dim=1)  # [P]
     return {
-        "reward": rewards.mean().item(),
+        "reward": samples.rewards.mean().item(),
         "reward_std": spread.mean().item(),
-        "frac_reward_zero_std": (spread == 0).float().mean().item(),
+        "frac_reward_zero_std": (~samples.teaching).float().mean().item(),
+        "prompts": len(samples.prompts),
     }
 
 
-def _length_figures(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    lengths = [len(rollout.token_ids) for rollout in rollouts]
-    cut = sum(rollout.finish_reason == "length" for rollout in rollouts)
+def _length_figures(samples: Samples) -> dict[str, float]:
+    lengths = [len(tokens) for tokens in samples.token_ids]
     return {
         "completions/mean_length": sum(lengths) / len(lengths),
         "completions/max_length": max(lengths),
-        "completions/clipped_ratio": cut / len(rollouts),
+        "completions/clipped_ratio": samples.cut.float().mean().item(),
     }
 
 
@@ -205,6 +217,7 @@ def _update_figures(updates: Sequence[StepStats]) -> dict[str, float]:
         "entropy": sum(u.entropy for u in updates) / len(updates),
         "grad_norm": sum(u.grad_norm for u in updates) / len(updates),
         "learning_rate": updates[-1].learning_rate,
+        "skipped_updates": sum(not math.isfinite(u.grad_norm) for u in updates),
         **figures,
     }
 

@@ -58,6 +58,12 @@ class GrpoConfig(Section):
     overlong_buffer: int = Field(
         0, ge=0, description="the last so many tokens before the cap cost up to 1 reward (DAPO)"
     )
+    resample_rounds: int = Field(
+        0, ge=0, description="so often groups of equal reward give way to new prompts' (DAPO)"
+    )
+    offload_reference: bool = Field(
+        False, description="keep the reference in host memory between its uses (on a CPU: on disk)"
+    )
     minibatches: int = Field(8, ge=1, description="updates per rollout")
     old_logprobs: Literal["rollout", "recompute"] = Field(
         "rollout", description="take them from the generator, or run the policy once more"
@@ -78,11 +84,11 @@ class GrpoConfig(Section):
         return self
 
 
-# How the advantages of each variant are made.
-ADVANTAGES: dict[str, dict[str, str]] = {
+# How the advantages of each variant are made, and its prompts chosen.
+ADVANTAGES: dict[str, dict[str, str | int]] = {
     "rm_r1": {},
     "grpo": {},
-    "dapo": {},
+    "dapo": {"resample_rounds": 2},
     "gspo": {},
     "cispo": {},
     "dr_grpo": {"scale": "none"},

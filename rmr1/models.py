@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from rmr1.engine.launch import Launch
 from rmr1.engine.weights import read_config
 from rmr1.terminal import phase
 
@@ -49,14 +50,16 @@ def _smollm2() -> Path:
         return import_smollm2(cache, progress=show)
 
 
-def resolve_device(name: Literal["auto", "cpu", "cuda"]) -> str:
-    """`auto` becomes "cuda" where torch sees a GPU, else "cpu"."""
+def resolve_device(name: Literal["auto", "cpu", "cuda"], place: Launch | None = None) -> str:
+    """`auto` becomes "cuda" where torch sees a GPU, else "cpu"; a rank of a job has its own GPU."""
     import torch
 
     present = torch.cuda.is_available()
     if name == "cuda" and not present:
         raise ValueError("device is cuda, but torch sees no GPU; set it to cpu or auto")
-    return "cuda" if name != "cpu" and present else "cpu"
+    if name == "cpu" or not present:
+        return "cpu"
+    return "cuda" if place is None else f"cuda:{place.local_rank}"
 
 
 def load_tokenizer(directory: Path) -> Any:

@@ -7,7 +7,6 @@ code.
 
 from __future__ import annotations
 
-import copy
 import logging
 import statistics
 import time
@@ -17,15 +16,21 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rmr1.alarms import Alarms
 from rmr1.config import RlvrConfig
-from rmr1.data import Pair, shuffled_epochs
+from rmr1.data import shuffled_epochs
 from rmr1.engine.checkpoint import Progress, restore_trainer
 from rmr1.engine.generator import Rollout
+from rmr1.engine.launch import launched
 from rmr1.engine.memory_plan import peak_memory
+from rmr1.engine.ranks import Ranks, joined
+from rmr1.engine.reference import Reference
+from rmr1.engine.trainer import NotFinite, Trainer
 from rmr1.engine.weights import load_model
+from rmr1.group_sampling import Task
 from rmr1.grpo import Grpo
 from rmr1.models import load_tokenizer, resolve_device, resolve_model
 from rmr1.prompts import encode, render
@@ -43,56 +48,70 @@ OnStart = Callable[[int, int], None]
 def rlvr(
     config: RlvrConfig, *, on_start: OnStart | None = None, on_step: OnStep | None = None
 ) -> Path:
-    """Run or resume stage 2 and return the directory of the trained model."""
-    run = Run(config)
-    start = resolve_model(config.model)
-    stage = _Stage(config, run, start)
-    progress = stage.resume()
-    if on_start is not None:
-        on_start(progress.step, config.steps)
-    with StopRequest() as stop:
-        for step in range(progress.step + 1, config.steps + 1):
-            row = stage.step(step)
-            if on_step is not None:
-                on_step(step, config.steps, row)
-            if step % config.checkpoint_every == 0 or step == config.steps or stop.requested:
-                saved = run.save(stage.trainer, stage.progress, tokenizer_from=start)
-                # Only here: what asks to stop from now on finds the next step's save.
-                if stop.requested:
-                    raise KeyboardInterrupt(f"saved {saved}; run the same command again to go on")
-    return run.checkpoints / f"step-{config.steps:06d}"
+    """Run or resume stage 2 and return the directory of the trained model.
+
+    A launcher's environment (see rmr1/engine/launch.py) makes it a rank of a job.
+    """
+    place = launched()
+    device = torch.device(resolve_device(config.device, place))
+    with joined(place, device) as ranks, Run(config, ranks) as run:
+        start = resolve_model(config.model)
+        stage = _Stage(config, run, ranks, start, device)
+        progress = stage.resume()
+        if on_start is not None:
+            on_start(progress.step, config.steps)
+        with StopRequest() as stop:
+            for step in range(progress.step + 1, config.steps + 1):
+                row = stage.step(step)
+                if on_step is not None:
+                    on_step(step, config.steps, row)
+                stopping = ranks.any(stop.requested)
+                if step % config.checkpoint_every == 0 or step == config.steps or stopping:
+                    saved = run.save(stage.trainer, stage.progress, tokenizer_from=start)
+                    # Only here: what asks to stop from now on finds the next step's save.
+                    if stopping:
+                        said = f"saved {saved}; run the same command again to go on"
+                        raise KeyboardInterrupt(said)
+        return run.checkpoints / f"step-{config.steps:06d}"
 
 
 class _Stage:
     """What lives through all steps of a run: policy, reference, generator, data."""
 
-    def __init__(self, config: RlvrConfig, run: Run, start: Path) -> None:
-        self.config, self.run = config, run
-        self.tokenizer = load_tokenizer(start)
-        self.prompts, self.dropped = _fitting_prompts(config, self.tokenizer)
-        device = resolve_device(config.device)
-        policy = load_model(run.checkpoint or start, dtype=config.dtype, device=device)
+    def __init__(
+        self, config: RlvrConfig, run: Run, ranks: Ranks, start: Path, device: torch.device
+    ) -> None:
+        self.config, self.run, self.ranks = config, run, ranks
+        tokenizer = load_tokenizer(start)
+        self.prompts, self.dropped = _fitting_prompts(config, tokenizer)
+
+        def load(path: Path = start) -> Any:
+            return load_model(path, dtype=config.dtype, device=device)
+
+        policy = load(run.checkpoint or start)
+        offloaded = config.grpo.offload_reference
         # r_ref is the model before RL. With beta 0 it is never loaded.
-        reference = None
-        if config.grpo.beta > 0:
-            reference = (
-                load_model(start, dtype=config.dtype, device=device)
-                if run.checkpoint
-                else copy.deepcopy(policy)
-            ).requires_grad_(False)
-        prepare_memory(policy, config, reference=reference is not None)
+        reference = Reference(load, device, offload=offloaded) if config.grpo.beta > 0 else None
+        prepare_memory(policy, config, reference=reference is not None and not offloaded)
         _check_positions(config, self.prompts, policy.config.max_position_embeddings)
-        self.grpo = Grpo(
+        self.trainer = Trainer(
             policy,
-            self.tokenizer,
+            config.optim,
+            total_updates=config.steps * config.grpo.minibatches,
+            max_micro_tokens=config.max_micro_tokens,
+            temperature=config.rollout.temperature,
+            ranks=ranks,
+            zero=config.zero,
+        )
+        self.grpo = Grpo(
+            self.trainer,
+            tokenizer,
             reference=reference,
             rollout=config.rollout,
             grpo=config.grpo,
-            optim=config.optim,
-            total_updates=config.steps * config.grpo.minibatches,
-            max_micro_tokens=config.max_micro_tokens,
+            sampler=None if self.trainer.updater.whole else load(run.checkpoint or start),
         )
-        self.trainer, self.alarms = self.grpo.trainer, Alarms()
+        self.alarms = Alarms()
         # Of the last steps: the score of a checkpoint is their mean, since one step says little.
         self.rewards: deque[float] = deque(maxlen=max(1, config.checkpoint_every))
         self.progress = Progress(0, 0, 0)
@@ -113,65 +132,72 @@ class _Stage:
     def step(self, step: int) -> dict[str, Any]:
         """One RLVR step; returns its row of metrics."""
         began = time.perf_counter()
-        drawn = list(islice(self.stream, self.config.rollout.prompts))
-        pairs = [pair for pair, _ in drawn for _ in range(self.config.rollout.samples)]
         verdicts: list[Verdict] = []
 
-        def reward(rollouts: list[Rollout]) -> Tensor:
-            verdicts.extend(parse_verdicts([rollout.text for rollout in rollouts]))
+        def reward(tasks: Sequence[Task], rollouts: Sequence[Rollout]) -> Tensor:
+            found = parse_verdicts([rollout.text for rollout in rollouts])
+            verdicts.extend(found)
             lengths = [len(rollout.token_ids) for rollout in rollouts]
             limit, buffer = self.config.rollout.max_new_tokens, self.config.grpo.overlong_buffer
-            return correctness(verdicts, pairs) + overlong(lengths, limit, buffer)
+            right = correctness(found, [task.about for task in tasks])
+            return right + overlong(lengths, limit, buffer)
 
         # Every step draws afresh, and a resumed step draws what it would have drawn.
         seed = self.config.seed * 1_000_003 + step
-        done = self.grpo.step([ids for _, ids in drawn], reward, seed=seed)
+        try:
+            done = self.grpo.step(self.stream, reward, seed=seed)
+        except NotFinite as error:
+            raise self.run.not_finite(error, step) from error
 
         figures = done.figures()
         self.rewards.append(figures["reward"])
         self.progress = Progress(
             step,
             self.trainer.updates,
-            self.progress.drawn + len(drawn),
+            self.progress.drawn + len(done.drawn.samples.prompts),
             score=statistics.fmean(self.rewards),
+            skipped=self.trainer.skipped,
         )
         row = {
             "stage": "rlvr",
             "step": step,
             **figures,
-            "parse_rate": sum(one.answer is not None for one in verdicts) / len(verdicts),
+            "parse_rate": self._parse_rate(verdicts),
             "dropped_prompts": self.dropped,
-            "peak_memory_gb": peak_memory(self.trainer.model.lm_head_weight.device) / 1e9,
+            "peak_memory_gb": peak_memory(self.trainer.device) / 1e9,
             "step_time": time.perf_counter() - began,
         }
         self.run.log(row)
         for warning in self.alarms.look(row):
             _log.warning("step %d: %s", step, warning)
-        first = done.rollouts[0]
-        self.run.sample(sample_row("rlvr", step, pairs[0], first.text, verdicts[0].answer))
+        if done.drawn.own:
+            task, rollout = done.drawn.own[0]
+            answer = verdicts[0].answer
+            self.run.sample(sample_row("rlvr", step, task.about, rollout.text, answer))
         return row
 
+    def _parse_rate(self, verdicts: Sequence[Verdict]) -> float:
+        parsed = sum(one.answer is not None for one in verdicts)
+        counts = self.ranks.reduce({"parsed": parsed, "all": len(verdicts)})
+        return counts["parsed"] / counts["all"]
 
-def _fitting_prompts(
-    config: RlvrConfig, tokenizer: Any
-) -> tuple[list[tuple[Pair, list[int]]], int]:
+
+def _fitting_prompts(config: RlvrConfig, tokenizer: Any) -> tuple[list[Task], int]:
     """Pairs with their prompts, longer ones dropped; how many were dropped."""
     pairs = training_pairs(config)
-    rows = [(pair, encode(tokenizer, render(pair, config.prompt_style))) for pair in pairs]
-    kept = [row for row in rows if len(row[1]) <= config.max_prompt_tokens]
+    tasks = [Task(encode(tokenizer, render(pair, config.prompt_style)), pair) for pair in pairs]
+    kept = [task for task in tasks if len(task.token_ids) <= config.max_prompt_tokens]
     if not kept:
         raise ValueError(
-            f"all {len(rows)} prompts are longer than max_prompt_tokens"
+            f"all {len(tasks)} prompts are longer than max_prompt_tokens"
             f" ({config.max_prompt_tokens}); raise it"
         )
-    return kept, len(rows) - len(kept)
+    return kept, len(tasks) - len(kept)
 
 
-def _check_positions(
-    config: RlvrConfig, prompts: Sequence[tuple[Pair, list[int]]], positions: int
-) -> None:
+def _check_positions(config: RlvrConfig, prompts: Sequence[Task], positions: int) -> None:
     """Refuse before the first step what the generator would refuse in the middle of the run."""
-    longest = max(len(ids) for _, ids in prompts)
+    longest = max(len(task.token_ids) for task in prompts)
     if longest + config.rollout.max_new_tokens > positions:
         raise ValueError(
             f"the longest prompt ({longest} tokens) with rollout.max_new_tokens"

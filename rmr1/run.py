@@ -11,18 +11,29 @@ import json
 import logging
 import signal
 import sys
+import time
 import tomllib
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from safetensors.torch import save_file
+
 from rmr1.config import RunConfig, Section, dotted, to_toml
 from rmr1.data import Pair, read_pairs, write_whole
-from rmr1.engine.checkpoint import Progress, list_checkpoints, newest_whole, save_checkpoint
+from rmr1.engine.checkpoint import (
+    Progress,
+    list_checkpoints,
+    newest_whole,
+    save_checkpoint,
+    step_of,
+)
 from rmr1.engine.memory_plan import plan_training
 from rmr1.engine.model import CausalLM
-from rmr1.engine.trainer import Trainer
+from rmr1.engine.ranks import Ranks
+from rmr1.engine.trainer import NotFinite, Trainer
 from rmr1.tasks.catalog import draw_pairs
 
 _log = logging.getLogger(__name__)
@@ -35,31 +46,50 @@ FREE_TO_CHANGE = (
     "recompute_layers",
     "checkpoint_every",
     "keep_checkpoints",
+    "zero.stage",
+    "zero.offload_optimizer",
+    "grpo.offload_reference",
     "rollout.kv_memory_gb",
     "rl.rollout.kv_memory_gb",  # as the demo names it
 )
 
 
 class Run:
-    """The folder of one run.
+    """The folder of one run. Of several ranks the first one writes; the others only read.
 
     `checkpoint` is where to resume from: the newest whole checkpoint, or None for a new run.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, ranks: Ranks | None = None) -> None:
         self.config = config
+        self.ranks = ranks or Ranks()
         self.directory = config.directory
         self.checkpoints = self.directory / "checkpoints"
+        found = self._look() if self.ranks.first else None
+        step = self.ranks.from_first(-1 if found is None else step_of(found))
+        self.checkpoint = None if step < 0 else self.checkpoints / f"step-{step:06d}"
+
+    def _look(self) -> Path | None:
+        """Where to go on from; the configuration is written beside it."""
         if list_checkpoints(self.checkpoints):
-            refuse_changes(self.directory, config)
-        self.checkpoint, faults = newest_whole(self.checkpoints)
+            refuse_changes(self.directory, self.config)
+        checkpoint, faults = newest_whole(self.checkpoints)
         for fault in faults:
-            _log.warning("%s; going on from %s", fault, self.checkpoint)
+            _log.warning("%s; going on from %s", fault, checkpoint)
         self.directory.mkdir(parents=True, exist_ok=True)
-        write_whole(self.directory / "config.toml", to_toml(config))
+        write_whole(self.directory / "config.toml", to_toml(self.config))
+        return checkpoint
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
     def start(self, progress: Progress) -> None:
         """Cut the logs back to `progress`, so that a resumed run does not write a step twice."""
+        if not self.ranks.first:
+            return
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.directory / name
             if path.is_file():
@@ -78,7 +108,19 @@ class Run:
         """Append one row to samples.jsonl."""
         self._append("samples.jsonl", row)
 
+    def not_finite(self, error: NotFinite, step: int) -> ValueError:
+        """What to tell of updates that came to nothing; the last one's batch is kept in a file."""
+        path = self.directory / f"not-finite-{step:06d}.safetensors"
+        if self.ranks.first:
+            save_file(error.batch.tensors(), path)
+        return ValueError(
+            f"step {step}: {error}, and changed no weight; the last one's batch is in {path}; lower"
+            " optim.learning_rate or optim.max_grad_norm and go on from the last checkpoint"
+        )
+
     def _append(self, name: str, row: dict[str, Any]) -> None:
+        if not self.ranks.first:
+            return
         with (self.directory / name).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
 
@@ -166,11 +208,13 @@ def sample_row(stage: str, step: int, pair: Pair, text: str, verdict: str | None
 class StopRequest:
     """Turns the first Ctrl-C (or SIGTERM) into a request to stop after the step in progress.
 
-    A second one interrupts at once; what was saved before stays.
+    A second one, after a second or more, interrupts at once; what was saved before stays. (The
+    ranks of a job get one Ctrl-C twice: from the terminal and from their launcher.)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.requested = False
+        self._clock, self._since = clock, 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -184,8 +228,10 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
+            if self._clock() - self._since < 1:
+                return
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested, self._since = True, self._clock()
         print(
             "\nStopping after this step and saving; press Ctrl-C again to leave at once.",
             file=sys.stderr,

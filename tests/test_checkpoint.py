@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rmr1.distill import nll
 from rmr1.engine import checkpoint as module
+from rmr1.engine import tensor_files
 from rmr1.engine.checkpoint import (
     Progress,
     best_checkpoint,
@@ -30,7 +31,6 @@ from rmr1.engine.checkpoint import (
     save_checkpoint,
 )
 from rmr1.engine.optim_config import OptimConfig
-from rmr1.engine.optimizer import optimizer_tensors
 from rmr1.engine.packing import pack
 from rmr1.engine.trainer import Trainer, score
 from rmr1.engine.weights import load_model
@@ -81,6 +81,7 @@ def test_a_checkpoint_is_a_model_directory_for_others(
         "updates": 1,
         "drawn": 70,
         "score": None,
+        "skipped": 0,
     }
     theirs = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
     with torch.no_grad():
@@ -105,8 +106,8 @@ def test_going_on_from_a_checkpoint_is_going_on(
     assert twin.updates == trainer.updates == 5
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(parameter, twin.model.get_parameter(name)), name
-    moments = optimizer_tensors(trainer.model, trainer.optimizer)
-    for name, value in optimizer_tensors(twin.model, twin.optimizer).items():
+    moments = dict(trainer.updater.state())
+    for name, value in twin.updater.state():
         assert torch.equal(value, moments[name]), name
     assert contents(saved) == before  # reading a checkpoint and going on leaves it alone
 
@@ -185,10 +186,10 @@ def raising(error: BaseException) -> Callable[..., Any]:
 
 def break_at(stage: str, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a save fail at one of its stages."""
-    save_model, write_text, rename = module.save_model, Path.write_text, Path.rename
+    save_weights, write_text, rename = module.save_weights, Path.write_text, Path.rename
 
-    def half_a_model(model: Any, directory: Path, **options: Any) -> None:
-        save_model(model, directory, **options)
+    def half_a_model(named: Any, config: Any, directory: Path, **options: Any) -> None:
+        save_weights(named, config, directory, **options)
         (directory / "model.safetensors").write_bytes(b"half")
         raise error
 
@@ -203,11 +204,11 @@ def break_at(stage: str, error: BaseException, monkeypatch: pytest.MonkeyPatch) 
         return rename(self, target)
 
     if stage == "weights":
-        monkeypatch.setattr(module, "save_model", half_a_model)
+        monkeypatch.setattr(module, "save_weights", half_a_model)
     elif stage == "flush of the weights":
         monkeypatch.setattr(os, "fsync", raising(error))
     elif stage == "optimizer":
-        monkeypatch.setattr(module, "save_file", raising(error))
+        monkeypatch.setattr(module, "write_tensors", raising(error))
     elif stage == "trainer.json":
         monkeypatch.setattr(Path, "write_text", write)
     elif stage == "flush":
@@ -316,7 +317,7 @@ def test_a_real_write_error_of_the_optimizer_is_an_os_error(
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (weights + weights // 2, hard))
     try:
-        with pytest.raises(OSError, match="cannot write the optimiser state"):
+        with pytest.raises(OSError, match="cannot write tensors"):
             save(2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -326,7 +327,8 @@ def test_a_real_write_error_of_the_optimizer_is_an_os_error(
 def test_safetensors_errors_are_os_errors(
     save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "save_file", raising(SafetensorError("No space left on device")))
+    full = raising(SafetensorError("No space left on device"))
+    monkeypatch.setattr(tensor_files, "save_file", full)
     with pytest.raises(OSError, match="No space left on device"):
         save(1)
 

@@ -13,6 +13,7 @@ from rmr1.engine.model import CausalLM, ModelConfig
 from rmr1.engine.optim_config import OptimConfig
 from rmr1.engine.packing import Batch, pack
 from rmr1.engine.trainer import StepStats, Trainer, score
+from rmr1.engine.updater import Local
 from rmr1.grpo import _loss, objective_of
 from rmr1.grpo_config import ADVANTAGES, GrpoConfig
 from rmr1.kernels.policy_loss_config import variant
@@ -88,7 +89,8 @@ def update(
         found = [p.grad for p in trainer.model.parameters() if p.grad is not None]
         seen.append(torch.cat([grad.flatten() for grad in found]))
 
-    patch.setattr(trainer.optimizer, "step", look)
+    assert isinstance(trainer.updater, Local)
+    patch.setattr(trainer.updater.optimizer.adamw, "step", look)
     patch.setattr(trainer, "max_micro_tokens", micro)
     stats = trainer.update(batch, _loss(objective), per_token=objective.per_token)
     return stats, seen[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rmr1.engine.optim_config import OptimConfig, learning_rate
-from rmr1.engine.optimizer import make_optimizer, optimizer_tensors, restore_optimizer
+from rmr1.engine.optimizer import Optimizer
 
 
 @pytest.mark.parametrize(
@@ -45,26 +46,39 @@ def tiny_net() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3, bias=False))
 
 
-def descend(net: nn.Module, optimizer: torch.optim.AdamW, updates: range) -> None:
+def descend(net: nn.Module, optimizer: Optimizer, updates: range) -> dict[str, Tensor]:
+    """Some updates; the gradients of the last one."""
+    gradients = {}
     for update in updates:
         x = torch.randn(11, 5, generator=torch.Generator().manual_seed(update))
-        optimizer.zero_grad()
-        net(x).square().mean().backward()
-        optimizer.step()
+        net(x.to(next(net.parameters()).dtype)).square().mean().backward()
+        gradients = {
+            name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None
+        }
+        optimizer.take_gradients()
+        assert optimizer.step(0.01) > 0
+        assert all(parameter.grad is None for parameter in net.parameters())
+    return gradients
 
 
 def test_adamw_equals_its_formula_and_decays_matrices_only() -> None:
-    config = OptimConfig(learning_rate=0.01, weight_decay=0.3, beta1=0.8, beta2=0.95, eps=1e-3)
+    config = OptimConfig(
+        learning_rate=0.01,
+        weight_decay=0.3,
+        beta1=0.8,
+        beta2=0.95,
+        eps=1e-3,
+        max_grad_norm=1e9,
+    )
     net = tiny_net()
-    optimizer = make_optimizer(net, config)
+    optimizer = Optimizer(net, config)
     expected = {name: p.detach().double() for name, p in net.named_parameters()}
     first = {name: torch.zeros_like(value) for name, value in expected.items()}
     second = {name: torch.zeros_like(value) for name, value in expected.items()}
     for update in range(1, 4):
-        descend(net, optimizer, range(update, update + 1))
-        for name, parameter in net.named_parameters():
-            assert parameter.grad is not None
-            g = parameter.grad.double()
+        gradients = descend(net, optimizer, range(update, update + 1))
+        for name in expected:
+            g = gradients[name].double()
             decay = 0.3 if name in ("0.weight", "2.weight") else 0.0
             first[name] = 0.8 * first[name] + 0.2 * g
             second[name] = 0.95 * second[name] + 0.05 * g * g
@@ -76,7 +90,7 @@ def test_adamw_equals_its_formula_and_decays_matrices_only() -> None:
 
 
 def test_the_optimizer_is_fused() -> None:
-    assert make_optimizer(tiny_net(), OptimConfig()).param_groups[0]["fused"] is True
+    assert Optimizer(tiny_net(), OptimConfig()).adamw.param_groups[0]["fused"] is True
 
 
 def bits(tensors: dict[str, Tensor]) -> dict[str, bytes]:
@@ -86,10 +100,10 @@ def bits(tensors: dict[str, Tensor]) -> dict[str, bytes]:
 def test_state_survives_a_file_bit_for_bit(tmp_path: Path) -> None:
     config = OptimConfig(learning_rate=0.01, weight_decay=0.1)
     net = tiny_net()
-    optimizer = make_optimizer(net, config)
-    assert optimizer_tensors(net, optimizer) == {}
+    optimizer = Optimizer(net, config)
+    assert dict(optimizer.state()) == {}
     descend(net, optimizer, range(3))
-    saved = optimizer_tensors(net, optimizer)
+    saved = dict(optimizer.state())
     assert saved.keys() == {
         f"{state}.{name}"
         for state in ("step", "exp_avg", "exp_avg_sq")
@@ -101,18 +115,67 @@ def test_state_survives_a_file_bit_for_bit(tmp_path: Path) -> None:
 
     twin = tiny_net()
     twin.load_state_dict({name: value.clone() for name, value in net.state_dict().items()})
-    other = make_optimizer(twin, config)
-    restore_optimizer(twin, other, load_file(file))
-    assert bits(optimizer_tensors(twin, other)) == bits(saved)
+    other = Optimizer(twin, config)
+    other.restore(load_file(file).items())
+    assert bits(dict(other.state())) == bits(saved)
     descend(net, optimizer, range(3, 6))
     descend(twin, other, range(3, 6))
     assert bits(dict(twin.named_parameters())) == bits(dict(net.named_parameters()))
-    assert bits(optimizer_tensors(twin, other)) == bits(optimizer_tensors(net, optimizer))
+    assert bits(dict(other.state())) == bits(dict(optimizer.state()))
     # Without the restored moments the twin would have gone elsewhere.
     lost = tiny_net()
-    descend(lost, make_optimizer(lost, config), range(3, 6))
+    descend(lost, Optimizer(lost, config), range(3, 6))
     assert bits(dict(lost.named_parameters())) != bits(dict(net.named_parameters()))
     assert file.read_bytes() == before  # going on does not write into the file it came from
+
+
+def test_weights_in_16_bits_are_trained_through_copies_in_32(tmp_path: Path) -> None:
+    """Steps that are lost in bf16 one by one add up in the copies, which a file keeps."""
+    config = OptimConfig(learning_rate=1e-5)
+    net = tiny_net().to(torch.bfloat16)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    optimizer = Optimizer(net, config)
+    for _ in range(3):
+        net(torch.ones(2, 5, dtype=torch.bfloat16)).square().mean().backward()
+        optimizer.take_gradients()
+        optimizer.step(1e-5)
+    saved = dict(optimizer.state())
+    weight, master = net.get_parameter("0.weight"), saved["master.0.weight"]
+    assert master.dtype == saved["exp_avg.0.weight"].dtype == torch.float32
+    moved = (master - before["0.weight"].float()).abs()
+    assert moved.max() == pytest.approx(3e-5, rel=0.1)
+    assert torch.equal(weight, master.to(torch.bfloat16))
+
+    file = tmp_path / "state.safetensors"
+    save_file(saved, file)
+    twin = tiny_net().to(torch.bfloat16)
+    twin.load_state_dict(net.state_dict())
+    other = Optimizer(twin, config)
+    other.restore(load_file(file).items())
+    assert bits(dict(other.state())) == bits(saved)
+
+
+def test_gradients_in_16_bits_are_added_up_in_32() -> None:
+    net = nn.Linear(1, 1, bias=False).to(torch.bfloat16)
+    optimizer = Optimizer(net, OptimConfig(max_grad_norm=1e9))
+    for value in (256.0, 1.0, 1.0):  # in bf16 256 + 1 is 256
+        net.weight.grad = torch.full_like(net.weight, value)
+        optimizer.take_gradients()
+    assert optimizer.step(1e-3) == 258.0
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing(value: float) -> None:
+    net = tiny_net()
+    optimizer = Optimizer(net, OptimConfig(learning_rate=0.1))
+    descend(net, optimizer, range(1))
+    weights, state = bits(dict(net.named_parameters())), bits(dict(optimizer.state()))
+    net(torch.full((2, 5), value)).sum().backward()
+    assert not math.isfinite(optimizer.step(0.1))
+    assert bits(dict(net.named_parameters())) == weights
+    assert bits(dict(optimizer.state())) == state
+    descend(net, optimizer, range(1, 2))
+    assert bits(dict(net.named_parameters())) != weights
 
 
 @pytest.mark.parametrize(
@@ -125,7 +188,7 @@ def test_state_survives_a_file_bit_for_bit(tmp_path: Path) -> None:
 def test_state_of_another_model_is_refused(tensors: dict[str, Tensor], words: str) -> None:
     net = tiny_net()
     with pytest.raises(ValueError, match=words):
-        restore_optimizer(net, make_optimizer(net, OptimConfig()), tensors)
+        Optimizer(net, OptimConfig()).restore(tensors.items())
 
 
 @pytest.mark.parametrize(

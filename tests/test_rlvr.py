@@ -75,7 +75,7 @@ def test_two_steps_resumed_are_four_steps(rlvr_config: Make) -> None:
     assert metrics(parts) == rows[:2]
     saved = json.loads((parts.directory / "checkpoints/step-000002/trainer.json").read_text())
     mean = statistics.fmean(row["reward"] for row in rows[:2])
-    assert saved == {"step": 2, "updates": 4, "drawn": 6, "score": mean}
+    assert saved == {"step": 2, "updates": 4, "drawn": 6, "score": mean, "skipped": 0}
     resumed = rlvr(parts)
     assert metrics(parts) == rows
     assert weights(resumed) == weights(final)

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from rmr1.distill import nll
 from rmr1.engine.optim_config import OptimConfig
-from rmr1.engine.optimizer import optimizer_tensors
 from rmr1.engine.packing import Batch, Counts, Responses, pack
 from rmr1.engine.trainer import Loss, StepStats, Trainer, score
+from rmr1.engine.updater import Local
 from rmr1.engine.weights import load_model
 from rmr1.kernels import token_loss_cpu
 from rmr1.kernels.policy_loss import PolicyLossConfig, policy_loss
@@ -49,7 +49,8 @@ def gradients_of_update(
             assert parameter.grad is not None, name
             seen[name] = parameter.grad.clone()
 
-    patch.setattr(trainer.optimizer, "step", look)
+    assert isinstance(trainer.updater, Local)
+    patch.setattr(trainer.updater.optimizer.adamw, "step", look)
     return trainer.update(batch, loss, per_token=per_token), seen
 
 
@@ -227,17 +228,14 @@ def test_a_gradient_that_is_not_finite_leaves_everything_alone(
     batch = pack(PROMPTS, RESPONSES)
     trainer.update(batch, nll)
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    state = {
-        name: value.clone()
-        for name, value in optimizer_tensors(trainer.model, trainer.optimizer).items()
-    }
+    state = {name: value.clone() for name, value in trainer.updater.state()}
     stats = trainer.update(batch, broken)
     assert not math.isfinite(stats.grad_norm)
     assert trainer.updates == 2
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(parameter, before[name]), name
         assert parameter.grad is None  # nothing of it is left for the next update
-    after = optimizer_tensors(trainer.model, trainer.optimizer)
+    after = dict(trainer.updater.state())
     assert all(torch.equal(after[name], value) for name, value in state.items())
     assert math.isfinite(trainer.update(batch, nll).grad_norm)
     assert not torch.equal(trainer.model.lm_head_weight, before["model.embed_tokens.weight"])

@@ -2,7 +2,7 @@
 
     checkpoints/step-000010/
         config.json, model.safetensors, tokenizer files     what transformers and vLLM load
-        optimizer-00000.safetensors ...                     AdamW's moments, fp32 copies of weights
+        optimizer.safetensors, optimizer-1.safetensors ...  AdamW's moments, fp32 copies of weights
         trainer.json                                        step, updates, data cursor, score
         checksums.json                                      BLAKE2b of every file above
 
@@ -30,7 +30,8 @@ from rmr1.engine.trainer import Trainer
 from rmr1.engine.weights import save_weights
 
 _CHECKSUMS = "checksums.json"
-_NEEDED = {"config.json", "optimizer-00000.safetensors", "trainer.json"}
+_OPTIMIZER = "optimizer.safetensors"
+_NEEDED = {"config.json", _OPTIMIZER, "trainer.json"}
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -72,7 +73,7 @@ def save_checkpoint(
         save_weights(
             updater.weights(), trainer.model.config, aside, extra_files_from=tokenizer_from
         )
-        write_tensors(updater.state(), lambda n: aside / f"optimizer-{n:05d}.safetensors")
+        write_tensors(updater.state(), lambda number: aside / _optimizer_file(number))
         (aside / "trainer.json").write_text(json.dumps(asdict(progress)) + "\n")
         sums = {path.name: _checksum(path) for path in sorted(aside.iterdir())}
         (aside / _CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
@@ -105,7 +106,16 @@ def list_checkpoints(directory: Path) -> list[Path]:
     if not directory.is_dir():
         return []
     found = [path for path in directory.iterdir() if _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=step_of)
+
+
+def _optimizer_file(number: int) -> str:
+    return f"optimizer-{number}.safetensors" if number else _OPTIMIZER
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint was made after, by its name."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def best_checkpoint(directory: Path) -> Path | None:
@@ -170,11 +180,14 @@ def read_progress(checkpoint: Path) -> Progress:
 def restore_trainer(checkpoint: Path, trainer: Trainer) -> Progress:
     """Give a trainer the optimiser state and update count of a checkpoint."""
     progress = read_progress(checkpoint)
-    paths = sorted(checkpoint.glob("optimizer-*.safetensors"))
-    try:
-        trainer.updater.restore(chain.from_iterable(map(read_tensors, paths)))
-    except ValueError as error:
-        raise ValueError(f"{checkpoint} cannot be resumed: {error}") from error
+    for path in [checkpoint / _OPTIMIZER, *sorted(checkpoint.glob("optimizer-*.safetensors"))]:
+        try:
+            trainer.updater.restore(read_tensors(path))
+        except OSError as error:
+            raise ValueError(
+                f"{path}: unreadable ({error}); delete {checkpoint} to resume from the one before"
+                " it"
+            ) from error
     trainer.updates, trainer.skipped = progress.updates, progress.skipped
     return progress
 

@@ -143,6 +143,21 @@ class Batch:
         """The same batch with the log-probabilities that the loss compares with, each [R]."""
         return replace(self, old_logprobs=old, ref_logprobs=ref)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by name, as a file can hold it."""
+        given = {
+            "token_ids": self.token_ids,
+            "prompt_lengths": torch.tensor([group.prompt for group in self.groups]),
+            "samples": torch.tensor([len(group.responses) for group in self.groups]),
+            "response_lengths": torch.tensor(self.response_lengths),
+            "advantages": self.advantages,
+            "rollout_logprobs": self.rollout_logprobs,
+            "old_logprobs": self.old_logprobs,
+            "ref_logprobs": self.ref_logprobs,
+        }
+        # One tensor may stand under two names, which files of safetensors do not take.
+        return {name: value.clone() for name, value in given.items() if value is not None}
+
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on a device."""
 

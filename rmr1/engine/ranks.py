@@ -6,6 +6,8 @@ its own part of it. What they exchange is tensors, never pickled objects.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,6 +92,10 @@ class Ranks:
         """Whether any rank said so."""
         return self.reduce({"said_max": float(said)})["said_max"] > 0
 
+    def from_first(self, number: int) -> int:
+        """What rank 0 says; the others' number is ignored."""
+        return int(self.gather(torch.tensor([number]))[0])
+
     def wait(self) -> None:
         """Until all ranks have come here."""
         self.reduce({"": 0.0})
@@ -128,6 +134,9 @@ def joined(place: Launch | None, device: torch.device) -> Iterator[Ranks]:
 def _meet(place: Launch, device: torch.device) -> dist.Store:
     """Join the others; the store through which they can send words."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if place.address in ("127.0.0.1", "localhost") and sys.platform == "linux":
+        # gloo would look up the machine's own name, which not every machine can.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     url = f"tcp://{place.address}:{place.port}?rank={place.rank}&world_size={place.size}"
     try:
         # Under torchrun this is its own store, else one that rank 0 opens.

@@ -24,7 +24,8 @@ class SamplingParams:
     drops tokens less likely than `min_p` times the likeliest. At most `max_new_tokens` tokens are
     drawn; a string of `stop` or a token of `stop_token_ids` (besides the model's own end tokens)
     ends a sample earlier. With `ignore_eos` the model's own end tokens do not, for benchmarks.
-    `seed` fixes every draw.
+    `seed` fixes every draw. `first_prompt` is the number of the call's first prompt, where it has
+    a part of a larger call's prompts and is to draw what that would have drawn.
     """
 
     n: int = 1
@@ -37,9 +38,10 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     seed: int = 0
     ignore_eos: bool = False
+    first_prompt: int = 0
 
     def __post_init__(self) -> None:
-        for name, low in (("n", 1), ("max_new_tokens", 1), ("top_k", 0)):
+        for name, low in (("n", 1), ("max_new_tokens", 1), ("top_k", 0), ("first_prompt", 0)):
             value = getattr(self, name)
             if not _is_int(value) or value < low:
                 raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")

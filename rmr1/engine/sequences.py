@@ -77,8 +77,9 @@ class Sequence:
 def new_sequences(request: Request, numbers: Iterator[int]) -> list[Sequence]:
     """The samples of a request; `numbers` gives each its place in the order of arrival."""
     seed, samples = request.params.seed, range(request.params.n)
+    prompt = request.params.first_prompt + request.index
     return [
-        Sequence(request, sample, next(numbers), sequence_key(seed, request.index, sample))
+        Sequence(request, sample, next(numbers), sequence_key(seed, prompt, sample))
         for sample in samples
     ]
 

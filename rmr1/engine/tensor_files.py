@@ -53,10 +53,10 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> dict[str, int]:
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a file, one at a time. ValueError where it cannot be read."""
+    """The tensors of a file, one at a time. OSError where it cannot be read."""
     try:
         with safe_open(path, framework="pt") as reader:
             for name in reader.keys():  # noqa: SIM118 - the reader is no dict
                 yield name, reader.get_tensor(name)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: unreadable ({error})") from error
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(path)) from error

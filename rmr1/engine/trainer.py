@@ -16,6 +16,7 @@ from torch import Tensor
 from rmr1.engine.balance import shares
 from rmr1.engine.model import CausalLM
 from rmr1.engine.optim_config import OptimConfig, ZeroConfig, learning_rate
+from rmr1.engine.out_of_memory import advising
 from rmr1.engine.packing import Batch, Counts, Responses
 from rmr1.engine.phases import Phases
 from rmr1.engine.ranks import Ranks
@@ -98,7 +99,10 @@ class Trainer:
             # A rank that has nothing to do joins in: the others gather and reduce with it.
             part = batch.slice(*(run or (0, 1))).to(self.device)
             last = number == len(runs) - 1
-            self._add_gradient(part, loss, counts, per_token, stats, empty=run is None, last=last)
+            with advising(self.memory_advice):
+                self._add_gradient(
+                    part, loss, counts, per_token, stats, empty=run is None, last=last
+                )
         sums = self.ranks.reduce({name: value.item() for name, value in stats.items()})
         with self.phases("optimizer"):
             rate = learning_rate(self.config, self.updates, self.total_updates)
@@ -144,6 +148,14 @@ class Trainer:
         with self.phases("backward"):
             self.updater.backward(value, last=last)
         _accumulate(stats, {"entropy": entropy.detach().sum() * weight / counts.tokens})
+
+    @property
+    def memory_advice(self) -> str:
+        """What to do where memory runs out."""
+        return (
+            f"lower max_micro_tokens (now {self.max_micro_tokens}), set recompute to layer, or, on"
+            " several ranks, raise zero.stage"
+        )
 
     def score(self, batch: Batch) -> Tensor:
         """Log-probabilities under the policy, without a gradient: [R] on the host, of all ranks."""

@@ -9,7 +9,9 @@ own would be pickled files, one a rank).
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -138,8 +140,11 @@ class Zero:
 
 def _initialize(scorer: Scorer, adamw: torch.optim.AdamW, settings: dict[str, Any]) -> Any:
     """DeepSpeed's engine; a gradient that is not finite skips the step whatever the dtype."""
+    if next(scorer.parameters()).device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # though there may be a GPU
     import deepspeed
 
+    deepspeed.utils.logger.setLevel(logging.WARNING)  # its pages of settings are no news
     engine, *_ = deepspeed.initialize(
         model=scorer, optimizer=adamw, config=settings, dist_init_required=False
     )
