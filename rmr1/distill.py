@@ -60,11 +60,11 @@ def distill(
                 row = stage.step(step)
                 if on_step is not None:
                     on_step(step, stage.steps, {"loss": row["loss"]})
-                stopping = ranks.any(stop.requested)
-                if step % config.checkpoint_every == 0 or step == stage.steps or stopping:
+                due = step % config.checkpoint_every == 0 or step == stage.steps
+                if ranks.any(stop.requested) or due:
                     saved = run.save(stage.trainer, stage.progress, tokenizer_from=start)
                     # Only here: what asks to stop from now on finds the next step's save.
-                    if stopping:
+                    if ranks.any(stop.requested):
                         said = f"saved {saved}; run the same command again to go on"
                         raise KeyboardInterrupt(said)
         return run.checkpoints / f"step-{stage.steps:06d}"

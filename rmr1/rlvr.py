@@ -65,11 +65,11 @@ def rlvr(
                 row = stage.step(step)
                 if on_step is not None:
                     on_step(step, config.steps, row)
-                stopping = ranks.any(stop.requested)
-                if step % config.checkpoint_every == 0 or step == config.steps or stopping:
+                due = step % config.checkpoint_every == 0 or step == config.steps
+                if ranks.any(stop.requested) or due:
                     saved = run.save(stage.trainer, stage.progress, tokenizer_from=start)
                     # Only here: what asks to stop from now on finds the next step's save.
-                    if stopping:
+                    if ranks.any(stop.requested):
                         said = f"saved {saved}; run the same command again to go on"
                         raise KeyboardInterrupt(said)
         return run.checkpoints / f"step-{config.steps:06d}"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -158,3 +161,62 @@ def rlvr_config(tiny_model: Path, tiny_pairs: Path, tmp_path: Path) -> Callable[
         return RlvrConfig.model_validate({**settings, **changes})
 
     return make
+
+
+@pytest.fixture
+def start_ranks(tmp_path: Path) -> Iterator[Callable[..., list[subprocess.Popen[str]]]]:
+    """Start a command as every rank of a job, as a launcher would; what still runs is killed."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(command: list[str], ranks: int, **env: str) -> list[subprocess.Popen[str]]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        job = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        own = [
+            subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=tmp_path,
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": "1",
+                    **job,
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    **env,
+                },
+            )
+            for rank in range(ranks)
+        ]
+        started.extend(own)
+        return own
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def outcomes(processes: list[subprocess.Popen[str]], timeout: float) -> list[tuple[int, str, str]]:
+    """Exit status, stdout and stderr of every rank."""
+    ended = []
+    deadline = time.monotonic() + timeout
+    for process in processes:
+        out, err = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
+        ended.append((process.returncode, out, err))
+    return ended
+
+
+@pytest.fixture
+def run_ranks(
+    start_ranks: Callable[..., list[subprocess.Popen[str]]],
+) -> Callable[..., list[tuple[int, str, str]]]:
+    """Run a command as every rank of a job and wait for its end."""
+
+    def run(command: list[str], ranks: int, *, timeout: float = 150, **env: str) -> Any:
+        return outcomes(start_ranks(command, ranks, **env), timeout)
+
+    return run

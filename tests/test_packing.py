@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rmr1.engine.balance import _fill
 from rmr1.engine.packing import Batch, Group, pack
 
 PROMPTS = [[1, 2, 3], [4], [5, 6], [1, 2, 3], [7, 8, 9, 10]]
@@ -94,7 +95,7 @@ def test_split_into_too_many_parts_is_an_error(parts: int) -> None:
 )
 def test_micro_batches_fill_up_to_the_limit(limit: int, sizes: list[int]) -> None:
     first = 0
-    found = list(batch().micro_batches(limit))
+    found = [batch().slice(*run) for run in _fill(batch().groups, limit)]
     assert [len(part.groups) for part in found] == sizes
     for part in found:
         assert part.tokens <= limit or len(part.groups) == 1
@@ -175,7 +176,7 @@ def test_every_slice_of_groups_has_its_prompts() -> None:
 )
 def test_micro_batches_count_a_prompt_once(limit: int, sizes: list[int]) -> None:
     first = 0
-    found = list(shared().micro_batches(limit))
+    found = [shared().slice(*run) for run in _fill(shared().groups, limit)]
     assert [len(part.response_lengths) for part in found] == sizes
     for part in found:
         count = len(part.response_lengths)

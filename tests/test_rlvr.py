@@ -17,6 +17,7 @@ from rmr1.data import Pair, read_pairs, write_pairs
 from rmr1.engine.packing import Batch
 from rmr1.engine.trainer import Loss, StepStats, Trainer, score
 from rmr1.engine.weights import load_model
+from rmr1.group_sampling import Samples
 from rmr1.grpo import _reward_figures
 from rmr1.models import load_tokenizer
 from rmr1.prompts import encode, render
@@ -334,13 +335,14 @@ def test_the_reward_is_plus_or_minus_one() -> None:
 
 
 def test_reward_figures() -> None:
-    groups = torch.arange(3).repeat_interleave(4)
     rewards = torch.tensor([1.0, 1, 1, 1, -1, -1, -1, -1, 1, -1, -1, -1])
-    figures = _reward_figures(rewards, groups)
+    samples = Samples([[1]] * 3, [[2]] * 12, [[-1.0]] * 12, rewards, torch.zeros(12).bool())
+    figures = _reward_figures(samples)
     assert figures == pytest.approx(
         {
             "reward": -2 / 12,
             "reward_std": 1 / 3,  # stds 0, 0 and sqrt((1.5^2 + 3 * 0.5^2) / 3) = 1
             "frac_reward_zero_std": 2 / 3,
+            "prompts": 3,
         }
     )

@@ -247,11 +247,15 @@ def test_the_first_signal_asks_the_second_interrupts(
     number: signal.Signals, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = signal.getsignal(number)
-    with StopRequest() as stop:
+    now = 5.0
+    with StopRequest(clock=lambda: now) as stop:
         assert not stop.requested
         signal.raise_signal(number)
         assert stop.requested
         assert "press Ctrl-C again to leave at once" in capsys.readouterr().err
+        now += 0.9
+        signal.raise_signal(number)  # the same one, passed on by a launcher
+        now += 0.2
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(number)
     assert signal.getsignal(number) is before
