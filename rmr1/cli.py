@@ -53,7 +53,9 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code."""
     try:
-        code = _run(list(sys.argv[1:] if argv is None else argv))
+        given = list(sys.argv[1:] if argv is None else argv)
+        # DeepSpeed's launcher puts its own option in front, unless it is told --no_local_rank.
+        code = _run([word for word in given if not word.startswith("--local_rank=")])
         sys.stdout.flush()
         return code
     except BrokenPipeError:

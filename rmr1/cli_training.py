@@ -6,6 +6,7 @@ What needs torch is imported where a verb runs, so that `--help` answers at once
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from contextlib import AbstractContextManager
 from functools import partial
@@ -112,7 +113,10 @@ class Rlvr(RlvrConfig, Verb):
 def _speaks() -> bool:
     """Whether this process shows progress and results: of a job's ranks the first one does."""
     place = launched()
-    return place is None or place.rank == 0
+    first = place is None or place.rank == 0
+    if not first:  # what it has to say, the first one says too
+        logging.getLogger("rmr1").setLevel(logging.ERROR)
+    return first
 
 
 def _steps(title: str) -> AbstractContextManager[Phase]:

@@ -113,6 +113,7 @@ def joined(place: Launch | None, device: torch.device) -> Iterator[Ranks]:
     if place is None:
         yield Ranks()
         return
+    os.environ.setdefault("LOCAL_RANK", str(place.local_rank))  # DeepSpeed looks for it there
     own = device if device.type == "cuda" else torch.device("cpu")
     if own.type == "cuda":
         torch.cuda.set_device(own)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -145,6 +146,7 @@ def _initialize(scorer: Scorer, adamw: torch.optim.AdamW, settings: dict[str, An
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.WARNING)  # its pages of settings are no news
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # nor what it calls
     engine, *_ = deepspeed.initialize(
         model=scorer, optimizer=adamw, config=settings, dist_init_required=False
     )
