@@ -20,6 +20,7 @@ from check import WrongResult
 from harness import Limits, Row, Run, Work
 from torch import Tensor
 
+from rmr1.engine.balance import shares
 from rmr1.engine.model import CausalLM
 from rmr1.engine.model_config import ModelConfig
 from rmr1.engine.optim_config import OptimConfig
@@ -56,7 +57,9 @@ def batches(shape: tuple[int, int, int], words: int) -> tuple[Batch, Batch]:
 def gradient(model: CausalLM, batch: Batch, max_tokens: int) -> tuple[Tensor, Tensor]:
     """Log-probabilities, and the gradient of their weighted sum in one vector."""
     scores = []
-    for part in batch.micro_batches(max_tokens):
+    for run in shares(batch.groups, max_tokens)[0]:
+        assert run is not None
+        part = batch.slice(*run)
         scored = Scorer(model)(part)[0]
         (scored * torch.linspace(-1, 1, len(scored))).sum().backward()
         scores.append(scored.detach())

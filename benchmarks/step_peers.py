@@ -99,43 +99,53 @@ def trl(job: Job) -> dict[str, Any]:
 
 def rmr1(job: Job) -> dict[str, Any]:
     """This project's step."""
-    import copy
     from dataclasses import replace
 
     import torch
 
     from rmr1 import __version__, load_model
     from rmr1.engine.optim_config import OptimConfig
+    from rmr1.engine.reference import Reference
+    from rmr1.engine.trainer import Trainer
+    from rmr1.group_sampling import Task
     from rmr1.grpo import Grpo
     from rmr1.grpo_config import GrpoConfig, RolloutConfig
     from rmr1.models import load_tokenizer
 
     torch.set_num_threads(job["threads"])
     prompts = json.loads(Path(job["prompts"]).read_text())
-    policy = load_model(job["model"], dtype=job["dtype"], device=job["device"])
+    device = torch.device(job["device"])
+
+    def load() -> Any:
+        return load_model(job["model"], dtype=job["dtype"], device=device)
+
+    trainer = Trainer(
+        load(),
+        OptimConfig(learning_rate=1e-6),
+        total_updates=1,
+        max_micro_tokens=job["max_micro_tokens"],
+    )
     beta = job["beta"]
     grpo = Grpo(
-        policy,
+        trainer,
         load_tokenizer(Path(job["model"])),
-        reference=copy.deepcopy(policy).requires_grad_(False) if beta else None,
+        reference=Reference(load, device) if beta else None,
         rollout=RolloutConfig(
             prompts=len(prompts), samples=job["samples"], max_new_tokens=job["new_tokens"]
         ),
         grpo=GrpoConfig(beta=beta, minibatches=1),
-        optim=OptimConfig(learning_rate=1e-6),
-        total_updates=1,
-        max_micro_tokens=job["max_micro_tokens"],
     )
     grpo.sampling = replace(grpo.sampling, ignore_eos=True)
+    tasks = iter([Task(one["token_ids"], None) for one in prompts])
+
+    def reward(_: Any, rollouts: Any) -> Any:
+        return torch.tensor([1.0 if i % 2 else -1.0 for i in range(len(rollouts))])
+
     reset_peak()
     began = time.perf_counter()
-    done = grpo.step(
-        [one["token_ids"] for one in prompts],
-        lambda rollouts: torch.tensor([1.0 if i % 2 else -1.0 for i in range(len(rollouts))]),
-        seed=0,
-    )
+    done = grpo.step(tasks, reward, seed=0)
     whole = time.perf_counter() - began
-    lengths = {len(rollout.token_ids) for rollout in done.rollouts}
+    lengths = {len(tokens) for tokens in done.drawn.samples.token_ids}
     if lengths != {job["new_tokens"]} or not done.updates[0].grad_norm > 0:
         raise RuntimeError(f"samples have {lengths} tokens, gradient {done.updates[0].grad_norm}")
     return {"seconds": whole, "phases": done.seconds, "version": __version__}

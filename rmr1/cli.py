@@ -28,6 +28,7 @@ VERBS = {
         "write pairs of the embedded tasks, or check a file of pairs",
     ),
     "report": ("rmr1.cli_tools", "Report", "the HTML report of a run"),
+    "export": ("rmr1.cli_tools", "Export", "a checkpoint's model as a plain model directory"),
     "bench": ("rmr1.cli_tools", "Bench", "run the benchmarks"),
     "doctor": ("rmr1.cli_tools", "Doctor", "what this machine and installation can do"),
 }

@@ -1,4 +1,4 @@
-"""The verbs around training: data, report, bench, doctor."""
+"""The verbs around training: data, report, export, bench, doctor."""
 
 from __future__ import annotations
 
@@ -71,6 +71,37 @@ class Report(Verb):
         from rmr1.report import write_report
 
         print(write_report(self.run_dir))
+        return 0
+
+
+class Export(Verb):
+    """Write the model of a checkpoint as a Hugging Face directory, without the trainer's state.
+
+    rmr1 export runs/rlvr my-judge --dtype bfloat16
+    rmr1 export runs/rlvr/checkpoints/step-000040 my-judge
+    """
+
+    source: CliPositionalArg[str] = Field(description="a run's folder, or one of its checkpoints")
+    output: CliPositionalArg[str] = Field(description="the directory to write, a new one")
+    dtype: Literal["same", "float32", "bfloat16", "float16"] = Field(
+        "same", description="convert the weights"
+    )
+    best: bool = Field(False, description="of a run: the best checkpoint instead of the newest")
+
+    def run(self) -> int:
+        """Find the checkpoint, verify it, and write."""
+        from rmr1.engine.checkpoint import best_checkpoint, export_model, newest_whole
+
+        checkpoint: Path | None = Path(self.source)
+        if (runs := Path(self.source) / "checkpoints").is_dir():
+            checkpoint = best_checkpoint(runs) if self.best else newest_whole(runs)[0]
+        if checkpoint is None or not checkpoint.is_dir():
+            raise ValueError(
+                f"{self.source} holds no checkpoint; name a run's folder or a checkpoint"
+            )
+        dtype = None if self.dtype == "same" else self.dtype
+        export_model(checkpoint, Path(self.output), dtype=dtype)
+        print(f"{checkpoint} written to {self.output}")
         return 0
 
 

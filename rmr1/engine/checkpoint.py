@@ -27,7 +27,7 @@ from pathlib import Path
 
 from rmr1.engine.tensor_files import read_tensors, write_tensors
 from rmr1.engine.trainer import Trainer
-from rmr1.engine.weights import save_weights
+from rmr1.engine.weights import DTYPES, read_config, save_weights
 
 _CHECKSUMS = "checksums.json"
 _OPTIMIZER = "optimizer.safetensors"
@@ -190,6 +190,24 @@ def restore_trainer(checkpoint: Path, trainer: Trainer) -> Progress:
             ) from error
     trainer.updates, trainer.skipped = progress.updates, progress.skipped
     return progress
+
+
+def export_model(checkpoint: Path, output: Path, *, dtype: str | None = None) -> None:
+    """Write a checkpoint's model, without what only training needs, as a model directory.
+
+    `dtype` of DTYPES converts the weights; one tensor at a time is held.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or `output` is there already.
+    """
+    if (fault := _fault(checkpoint)) is not None:
+        raise ValueError(f"{fault}; export another checkpoint")
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output} is not empty; name a directory that is not there yet")
+    paths = sorted(checkpoint.glob("model*.safetensors"))
+    kept = None if dtype is None else DTYPES[dtype]
+    named = ((n, t.to(kept or t.dtype)) for path in paths for n, t in read_tensors(path))
+    save_weights(named, read_config(checkpoint), output, extra_files_from=checkpoint)
 
 
 def _flush(path: Path) -> None:
