@@ -21,6 +21,7 @@ from harness import Limits, Row, Run, Work
 from torch import Tensor
 
 from rmr1.engine.balance import shares
+from rmr1.engine.flops import body_size, head_size, training_flops
 from rmr1.engine.model import CausalLM
 from rmr1.engine.model_config import ModelConfig
 from rmr1.engine.optim_config import OptimConfig
@@ -99,23 +100,10 @@ def loss(logprobs: Tensor, tokens: Responses, counts: Counts) -> tuple[Tensor, d
 def work(config: ModelConfig, batch: Batch, name: str) -> Work:
     """The operations of forward and backward over a batch as it lies there.
 
-    6 for each parameter of the layers' matrices and each token, of the head for each answer token;
-    in attention 12 x heads x head size x layers for each token and each that it sees. The bytes are
-    the weights', read twice, and gradients and optimiser state, read and written.
+    The bytes are the weights', read twice, and gradients and optimiser state, read and written.
     """
-    heads, head = config.num_attention_heads, config.head_dim
-    attention = 2 * heads * head + 2 * config.num_key_value_heads * head
-    body = (
-        config.num_hidden_layers * config.hidden_size * (attention + 3 * config.intermediate_size)
-    )
-    vocabulary = config.vocab_size * config.hidden_size
-    seen = 0
-    for group in batch.groups:
-        seen += group.prompt * (group.prompt + 1) // 2
-        seen += sum(n * group.prompt + n * (n + 1) // 2 for n in group.responses)
-    flops = 6.0 * (body * batch.tokens + vocabulary * batch.response_tokens)
-    flops += 12.0 * heads * head * config.num_hidden_layers * seen
-    return Work(name, flops, 4.0 * (body + vocabulary) * 9)
+    weights = body_size(config) + head_size(config)
+    return Work(name, training_flops(config, batch.groups), 4.0 * weights * 9)
 
 
 def measure(options: argparse.Namespace, limits: Limits) -> list[Row]:

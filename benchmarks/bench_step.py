@@ -29,7 +29,9 @@ from peer_process import ProviderFailed, call
 from rich.console import Console
 from rich.table import Table
 
+from rmr1.engine.flops import body_size, forward_flops, head_size, training_flops
 from rmr1.engine.model_config import ModelConfig
+from rmr1.engine.packing import Group
 from rmr1.engine.weights import read_config
 from rmr1.models import load_tokenizer, resolve_model
 
@@ -61,24 +63,12 @@ def exact_prompts(found: list[str], tokenizer: Any, shape: Shape) -> list[dict[s
 def least(config: ModelConfig, shape: Shape, dtype: torch.dtype, name: str) -> Work:
     """The operations of a step that shares prompts everywhere, and its bytes.
 
-    2 for each parameter of the layers' matrices and each token in the rollout and in the pass of
-    the reference, 6 in the update; of the head for each new token. Attention: 4 x heads x head size
-    x layers for a token and each that it sees, 12 in the update. Bytes: the decoding steps, which
-    read all weights, and the optimiser.
+    Those of a forward in the rollout and in the pass of the reference, and of forward and backward
+    in the update. Bytes: the decoding steps, which read all weights, and the optimiser.
     """
-    heads, head = config.num_attention_heads, config.head_dim
-    attention = 2 * heads * head + 2 * config.num_key_value_heads * head
-    inner = 3 * config.intermediate_size
-    body = config.num_hidden_layers * config.hidden_size * (attention + inner)
-    vocabulary = config.vocab_size * config.hidden_size
-    drawn = shape.sequences * shape.new
-    tokens = shape.prompts * shape.length + drawn
-    seen = shape.prompts * shape.length * (shape.length + 1) // 2
-    seen += shape.sequences * (shape.new * shape.length + shape.new * (shape.new + 1) // 2)
-    passes = 2 + 2 + 6  # rollout, reference, update
-    flops = float(passes * (body * tokens + vocabulary * drawn))
-    flops += 4.0 * heads * head * config.num_hidden_layers * seen * passes / 2
-    weights = (body + vocabulary) * dtype.itemsize
+    groups = [Group(shape.length, (shape.new,) * shape.samples)] * shape.prompts
+    flops = 2 * forward_flops(config, groups) + training_flops(config, groups)
+    weights = (body_size(config) + head_size(config)) * dtype.itemsize
     return Work(name, flops, float(weights * (shape.new + 9)))
 
 

@@ -13,6 +13,7 @@ import torch
 from harness import Limits, Work
 
 from rmr1.engine.cache_plan import bytes_per_token
+from rmr1.engine.flops import body_size, head_size, pair_flops
 from rmr1.engine.model_config import ModelConfig
 from rmr1.prompts import task_text
 
@@ -95,12 +96,8 @@ def least(config: ModelConfig, shape: Shape, dtype: torch.dtype, name: str) -> P
 
     Bytes are of the model in `dtype`: one with 4-bit weights may pass that part.
     """
-    heads, head = config.num_attention_heads, config.head_dim
-    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    attention = 2 * heads * head + 2 * config.num_key_value_heads * head  # q, o, k, v
-    body = layers * hidden * (attention + 3 * inner)  # parameters
-    vocabulary = config.vocab_size * hidden
-    pair = 4 * heads * head * layers  # operations of a token that sees another
+    body, vocabulary = body_size(config), head_size(config)
+    pair = pair_flops(config)  # operations of a token that sees another
     weights = (body + vocabulary) * dtype.itemsize
     stored = bytes_per_token(config, dtype)
 

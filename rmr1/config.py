@@ -22,6 +22,7 @@ from rmr1.engine.optim_config import OptimConfig, Recompute, ZeroConfig
 from rmr1.grpo_config import GrpoConfig, RolloutConfig, refuse_more_minibatches
 from rmr1.prompts import Style
 from rmr1.section import Section
+from rmr1.trackers import TrackerName
 
 
 class DataConfig(Section):
@@ -67,6 +68,12 @@ class RunConfig(Section):
     )
     checkpoint_every: int = Field(10, ge=1, description="steps between two checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="how many checkpoints stay on the disk")
+    log: list[TrackerName] = Field(
+        [], description="show the figures in tensorboard, wandb too; pip install 'rmr1[log]'"
+    )
+    profile: int = Field(
+        0, ge=0, description="trace so many steps after the first: trace-step-*.json in the run"
+    )
     data: DataConfig
     optim: OptimConfig = OptimConfig()
     zero: ZeroConfig = ZeroConfig()

@@ -19,6 +19,7 @@ from torch import Tensor
 from rmr1.config import SftConfig
 from rmr1.data import Pair, shuffled_epochs
 from rmr1.engine.checkpoint import Progress, restore_trainer
+from rmr1.engine.flops import peak_flops, throughput
 from rmr1.engine.launch import launched
 from rmr1.engine.memory_plan import peak_memory
 from rmr1.engine.packing import Counts, Responses, pack
@@ -26,6 +27,7 @@ from rmr1.engine.ranks import Ranks, joined
 from rmr1.engine.trainer import NotFinite, Trainer
 from rmr1.engine.weights import load_model, read_config
 from rmr1.models import load_tokenizer, resolve_device, resolve_model
+from rmr1.profiling import Profile
 from rmr1.prompts import encode, render
 from rmr1.run import Run, StopRequest, prepare_memory, training_pairs
 
@@ -55,9 +57,12 @@ def distill(
         progress = stage.resume()
         if on_start is not None:
             on_start(progress.step, stage.steps)
-        with StopRequest() as stop:
+        traced = config.profile if ranks.first else 0
+        with StopRequest() as stop, Profile(run.directory, traced) as profile:
             for step in range(progress.step + 1, stage.steps + 1):
+                profile.step_begins(step)
                 row = stage.step(step)
+                profile.step_ended(step)
                 if on_step is not None:
                     on_step(step, stage.steps, {"loss": row["loss"]})
                 due = step % config.checkpoint_every == 0 or step == stage.steps
@@ -93,6 +98,8 @@ class _Stage:
             ranks=ranks,
             zero=config.zero,
         )
+        peak = peak_flops(device, model.lm_head_weight.dtype)
+        self.peak_flops = None if peak is None else peak * ranks.size
         self.progress = Progress(0, 0, 0)
 
     def resume(self) -> Progress:
@@ -118,6 +125,7 @@ class _Stage:
         self.progress = Progress(
             step, trainer.updates, self.progress.drawn + len(rows), skipped=trainer.skipped
         )
+        seconds = trainer.phases.take()
         row = {
             "stage": "sft",
             "step": step,
@@ -128,7 +136,13 @@ class _Stage:
             "skipped_updates": int(not math.isfinite(stats.grad_norm)),
             "num_tokens": batch.response_tokens,
             "dropped_prompts": self.dropped,
-            **{f"{name}_time": seconds for name, seconds in trainer.phases.take().items()},
+            **throughput(
+                trainer.model.config,
+                batch.groups,
+                update_seconds=sum(seconds.values()),
+                peak=self.peak_flops,
+            ),
+            **{f"{name}_time": spent for name, spent in seconds.items()},
             "peak_memory_gb": peak_memory(trainer.device) / 1e9,
             "step_time": time.perf_counter() - began,
         }

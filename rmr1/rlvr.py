@@ -23,6 +23,7 @@ from rmr1.alarms import Alarms
 from rmr1.config import RlvrConfig
 from rmr1.data import shuffled_epochs
 from rmr1.engine.checkpoint import Progress, restore_trainer
+from rmr1.engine.flops import peak_flops, throughput
 from rmr1.engine.generator import Rollout
 from rmr1.engine.launch import launched
 from rmr1.engine.memory_plan import peak_memory
@@ -33,6 +34,7 @@ from rmr1.engine.weights import load_model
 from rmr1.group_sampling import Task
 from rmr1.grpo import Grpo
 from rmr1.models import load_tokenizer, resolve_device, resolve_model
+from rmr1.profiling import Profile
 from rmr1.prompts import encode, render
 from rmr1.rewards import correctness, overlong
 from rmr1.run import Run, StopRequest, prepare_memory, sample_row, training_pairs
@@ -60,9 +62,12 @@ def rlvr(
         progress = stage.resume()
         if on_start is not None:
             on_start(progress.step, config.steps)
-        with StopRequest() as stop:
+        traced = config.profile if ranks.first else 0
+        with StopRequest() as stop, Profile(run.directory, traced) as profile:
             for step in range(progress.step + 1, config.steps + 1):
+                profile.step_begins(step)
                 row = stage.step(step)
+                profile.step_ended(step)
                 if on_step is not None:
                     on_step(step, config.steps, row)
                 due = step % config.checkpoint_every == 0 or step == config.steps
@@ -111,6 +116,8 @@ class _Stage:
             grpo=config.grpo,
             sampler=None if self.trainer.updater.whole else load(run.checkpoint or start),
         )
+        peak = peak_flops(device, policy.lm_head_weight.dtype)
+        self.peak_flops = None if peak is None else peak * ranks.size
         self.alarms = Alarms()
         # Of the last steps: the score of a checkpoint is their mean, since one step says little.
         self.rewards: deque[float] = deque(maxlen=max(1, config.checkpoint_every))
@@ -162,6 +169,13 @@ class _Stage:
             "stage": "rlvr",
             "step": step,
             **figures,
+            **throughput(
+                self.trainer.model.config,
+                done.batch.groups,
+                update_seconds=done.seconds["update"],
+                rollout_seconds=done.seconds["rollout"],
+                peak=self.peak_flops,
+            ),
             "parse_rate": self._parse_rate(verdicts),
             "dropped_prompts": self.dropped,
             "peak_memory_gb": peak_memory(self.trainer.device) / 1e9,

@@ -35,6 +35,7 @@ from rmr1.engine.model import CausalLM
 from rmr1.engine.ranks import Ranks
 from rmr1.engine.trainer import NotFinite, Trainer
 from rmr1.tasks.catalog import draw_pairs
+from rmr1.trackers import Trackers, require
 
 _log = logging.getLogger(__name__)
 
@@ -46,6 +47,8 @@ FREE_TO_CHANGE = (
     "recompute_layers",
     "checkpoint_every",
     "keep_checkpoints",
+    "log",
+    "profile",
     "zero.stage",
     "zero.offload_optimizer",
     "grpo.offload_reference",
@@ -65,6 +68,9 @@ class Run:
         self.ranks = ranks or Ranks()
         self.directory = config.directory
         self.checkpoints = self.directory / "checkpoints"
+        if self.ranks.first:
+            require(config.log)
+        self.trackers = Trackers([], self.directory, {}, step=0, rows=[])
         found = self._look() if self.ranks.first else None
         step = self.ranks.from_first(-1 if found is None else step_of(found))
         self.checkpoint = None if step < 0 else self.checkpoints / f"step-{step:06d}"
@@ -84,7 +90,7 @@ class Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        pass
+        self.trackers.close()
 
     def start(self, progress: Progress) -> None:
         """Cut the logs back to `progress`, so that a resumed run does not write a step twice."""
@@ -94,6 +100,13 @@ class Run:
             path = self.directory / name
             if path.is_file():
                 write_whole(path, _lines_until(path, progress.step))
+        self.trackers = Trackers(
+            self.config.log,
+            self.directory,
+            self.config.model_dump(mode="json"),
+            step=progress.step,
+            rows=self.rows(),
+        )
 
     def rows(self) -> list[dict[str, Any]]:
         """What metrics.jsonl holds, of the steps that are done."""
@@ -101,8 +114,9 @@ class Run:
         return [json.loads(line) for line in path.open(encoding="utf-8")] if path.is_file() else []
 
     def log(self, row: dict[str, Any]) -> None:
-        """Append one row to metrics.jsonl."""
+        """Append one row to metrics.jsonl, and show it elsewhere."""
         self._append("metrics.jsonl", row)
+        self.trackers.log(row)
 
     def sample(self, row: dict[str, Any]) -> None:
         """Append one row to samples.jsonl."""

@@ -45,7 +45,7 @@ max_new_tokens = 12
 minibatches = 2
 """
 # Ends of the figures of a run that depend on the clock, or on what ran before.
-CLOCKED = ("_time", "_gb")
+CLOCKED = ("_time", "_gb", "_per_second", "mfu")
 
 
 @pytest.fixture(scope="module")

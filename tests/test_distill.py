@@ -27,6 +27,7 @@ from rmr1.models import load_tokenizer
 from rmr1.prompts import encode, render
 from rmr1.terminal import Phase
 
+CLOCKED = ("_time", "_gb", "_per_second", "mfu")  # figures of the clock and the machine
 Make = Callable[..., SftConfig]
 POSITIONS = 64  # of the tiny model
 
@@ -35,7 +36,7 @@ def metrics(config: SftConfig) -> list[dict[str, Any]]:
     """The rows of a run, without the figures of the clock."""
     text = (config.directory / "metrics.jsonl").read_text()
     rows = [json.loads(line) for line in text.splitlines()]
-    return [{key: row[key] for key in row if not key.endswith(("_time", "_gb"))} for row in rows]
+    return [{key: row[key] for key in row if not key.endswith(CLOCKED)} for row in rows]
 
 
 def weights(directory: Path) -> tuple[bytes, bytes]:

@@ -18,6 +18,7 @@ import pytest
 from rmr1.config import RlvrConfig, to_toml
 from rmr1.engine.tensor_files import read_tensors
 
+CLOCKED = ("_time", "_gb", "_per_second", "mfu")  # figures of the clock and the machine
 Make = Callable[..., RlvrConfig]
 CHANGES = {
     "steps": 3,
@@ -39,7 +40,7 @@ def rows(config: RlvrConfig) -> list[dict[str, Any]]:
     kept = []
     for line in lines:
         row = json.loads(line)
-        kept.append({k: v for k, v in row.items() if not k.endswith(("_time", "_gb"))})
+        kept.append({k: v for k, v in row.items() if not k.endswith(CLOCKED)})
     return kept
 
 

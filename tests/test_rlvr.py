@@ -26,6 +26,7 @@ from rmr1.rlvr import rlvr
 from rmr1.terminal import Phase
 from rmr1.verdict import parse_verdict, parse_verdicts
 
+CLOCKED = ("_time", "_gb", "_per_second", "mfu")  # figures of the clock and the machine
 Make = Callable[..., RlvrConfig]
 ROLLOUT = {"prompts": 3, "samples": 4, "max_new_tokens": 8, "kv_memory_gb": 0.1}
 
@@ -34,7 +35,7 @@ def metrics(config: RlvrConfig) -> list[dict[str, Any]]:
     """The rows of a run, without the figures of the clock."""
     text = (config.directory / "metrics.jsonl").read_text()
     rows = [json.loads(line) for line in text.splitlines()]
-    return [{key: row[key] for key in row if not key.endswith(("_time", "_gb"))} for row in rows]
+    return [{key: row[key] for key in row if not key.endswith(CLOCKED)} for row in rows]
 
 
 def weights(directory: Path) -> tuple[bytes, bytes]:
