@@ -89,7 +89,7 @@ class _Stage:
         self.per_epoch = math.ceil(len(self.traces) / config.batch_size)
         self.steps = config.epochs * self.per_epoch
         model = load_model(run.checkpoint or start, dtype=config.dtype, device=device)
-        prepare_memory(model, config, reference=False)
+        prepare_memory(model, config, ranks, reference=False)
         self.trainer = Trainer(
             model,
             config.optim,

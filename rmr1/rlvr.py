@@ -97,7 +97,7 @@ class _Stage:
         offloaded = config.grpo.offload_reference
         # r_ref is the model before RL. With beta 0 it is never loaded.
         reference = Reference(load, device, offload=offloaded) if config.grpo.beta > 0 else None
-        prepare_memory(policy, config, reference=reference is not None and not offloaded)
+        prepare_memory(policy, config, ranks, reference=reference is not None and not offloaded)
         _check_positions(config, self.prompts, policy.config.max_position_embeddings)
         self.trainer = Trainer(
             policy,

@@ -252,7 +252,7 @@ class StopRequest:
         )
 
 
-def prepare_memory(model: CausalLM, config: RunConfig, *, reference: bool) -> None:
+def prepare_memory(model: CausalLM, config: RunConfig, ranks: Ranks, *, reference: bool) -> None:
     """Switch on what the configuration says to recompute, and tell what training will take."""
     model.recompute(config.recompute, config.recompute_layers)
     plan = plan_training(
@@ -262,5 +262,7 @@ def prepare_memory(model: CausalLM, config: RunConfig, *, reference: bool) -> No
         reference=reference,
         recompute=config.recompute,
         recompute_layers=config.recompute_layers,
+        ranks=ranks.size,
+        zero=config.zero,
     )
     _log.info("%s, with micro-batches of %s tokens", plan, f"{config.max_micro_tokens:,}")

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from rmr1.engine.model_config import ModelConfig
-from rmr1.engine.optim_config import Recompute
+from rmr1.engine.optim_config import Recompute, ZeroConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +47,23 @@ def plan_training(
     reference: bool,
     recompute: Recompute = "none",
     recompute_layers: int | None = None,
+    ranks: int = 1,
+    zero: ZeroConfig | None = None,
 ) -> MemoryPlan:
-    """What a model takes with AdamW and micro-batches of at most `micro_tokens` tokens."""
+    """What a model takes on a rank, with AdamW and micro-batches of at most `micro_tokens` tokens.
+
+    Moments, gradients and, for weights in 16 bits, their copies are in fp32. ZeRO shards the
+    optimiser's state, from stage 2 on the gradients, and in stage 3 the weights, beside a whole
+    copy of which the generator then has its own.
+    """
     count, size = parameters(config), dtype.itemsize
+    stage = (zero or ZeroConfig()).stage if ranks > 1 else 0
+    on_host = stage > 0 and zero is not None and zero.offload_optimizer
+    state = 2 * 4 * count + (4 * count if size < 4 else 0)
     return MemoryPlan(
-        weights=count * size,
-        gradients=count * size,
-        optimizer=2 * count * size,
+        weights=count * size * (ranks + 1 if stage == 3 else ranks) // ranks,
+        gradients=4 * count // (ranks if stage > 1 else 1),
+        optimizer=0 if on_host else state // ranks,
         reference=count * size if reference else 0,
         activations=micro_tokens * activation_bytes(config, dtype, recompute, recompute_layers),
     )
