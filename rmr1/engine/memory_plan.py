@@ -45,7 +45,7 @@ def plan_training(
     *,
     micro_tokens: int,
     reference: bool,
-    recompute: Recompute = "none",
+    recompute: Recompute = "elementwise",
     recompute_layers: int | None = None,
     ranks: int = 1,
     zero: ZeroConfig | None = None,
@@ -91,10 +91,16 @@ def activation_bytes(
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
     norms = queries + keys if config.qk_norm else 0  # before the norms of heads
-    mlp = 3 * config.intermediate_size * size
-    whole = (4 * hidden + 2 * queries + 2 * keys + norms) * size + mlp
+    inner = config.intermediate_size * size
+    normed = 2 * hidden * size
+    whole = (4 * hidden + 2 * queries + 2 * keys + norms) * size + 3 * inner
     whole += 4 * config.num_attention_heads
-    kept = {"none": whole, "mlp": whole - mlp, "layer": hidden * size}[recompute]
+    kept = {
+        "none": whole,
+        "elementwise": whole - normed - inner,
+        "mlp": whole - normed - 3 * inner,
+        "layer": hidden * size,
+    }[recompute]
     layers = config.num_hidden_layers
     some = layers if recompute_layers is None else min(recompute_layers, layers)
     return some * kept + (layers - some) * whole + 2 * whole + 4 * hidden * size

@@ -9,13 +9,14 @@ Shapes: T tokens, H hidden size, N query heads, K key/value heads, D head size, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from rmr1.engine.model_config import ModelConfig
 from rmr1.engine.optim_config import Recompute
-from rmr1.engine.recompute import again
+from rmr1.engine.recompute import again, anew
 from rmr1.kernels.rmsnorm import add_rmsnorm, rmsnorm
 from rmr1.kernels.rope import inverse_frequencies, rope, rope_tables
 from rmr1.kernels.swiglu import swiglu
@@ -41,6 +42,12 @@ class RMSNorm(nn.Module):
     def after_sum(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
         """The norm of x + added, and x + added: [..., H] each."""
         return add_rmsnorm(x, added, self.weight, self.eps)
+
+    def anew(self, normed: Tensor, x: Tensor) -> AbstractContextManager[None]:
+        """A block in which the norm of x is computed again for the backward pass, not saved."""
+        # ZeRO-3 gathers the weight for the backward of this module, not for that of the next one.
+        sharded = hasattr(self.weight, "ds_id")
+        return anew(None if sharded else normed, self.forward, x)
 
 
 class SelfAttention(nn.Module):
@@ -81,7 +88,10 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, H] -> [T, H]."""
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        gate, up = self.gate_proj(x), self.up_proj(x)  # [T, I]
+        product = swiglu(gate, up)
+        with anew(product, swiglu, gate, up, nested=True):
+            return self.down_proj(product)
 
 
 class DecoderLayer(nn.Module):
@@ -93,7 +103,7 @@ class DecoderLayer(nn.Module):
         self.self_attn = SelfAttention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = Mlp(config)
-        self.recompute: Recompute = "none"
+        self.recompute: Recompute = "elementwise"
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """x [T, H] -> [T, H]."""
@@ -102,9 +112,16 @@ class DecoderLayer(nn.Module):
         return self._forward(x, cos, sin, attend)
 
     def _forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        mixed = self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        normed = self.input_layernorm(x)
+        with self._saving(self.input_layernorm, normed, x):
+            mixed = self.self_attn(normed, cos, sin, attend)
         normed, x = self.post_attention_layernorm.after_sum(x, mixed)
-        return x + (again(self.mlp, normed) if self.recompute == "mlp" else self.mlp(normed))
+        with self._saving(self.post_attention_layernorm, normed, x):
+            added = again(self.mlp, normed) if self.recompute == "mlp" else self.mlp(normed)
+        return x + added
+
+    def _saving(self, norm: RMSNorm, normed: Tensor, x: Tensor) -> AbstractContextManager[None]:
+        return nullcontext() if self.recompute == "none" else norm.anew(normed, x)
 
 
 class Decoder(nn.Module):
@@ -141,7 +158,10 @@ class CausalLM(nn.Module):
         self.init_weights()
 
     def recompute(self, kind: Recompute, layers: int | None = None) -> None:
-        """Let the backward pass compute part of the first `layers` layers anew (default: all)."""
+        """Let the backward pass compute part of the first `layers` layers anew (default: all).
+
+        The others keep all. A model that nobody configures is "elementwise" in all layers.
+        """
         for index, layer in enumerate(self.model.layers):
             assert isinstance(layer, DecoderLayer)
             layer.recompute = kind if layers is None or index < layers else "none"

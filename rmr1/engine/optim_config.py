@@ -9,8 +9,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-# Activation checkpointing, see recompute.py.
-Recompute = Literal["none", "mlp", "layer"]
+# What the backward pass computes anew, see recompute.py.
+Recompute = Literal["none", "elementwise", "mlp", "layer"]
 
 
 class OptimConfig(BaseModel):
