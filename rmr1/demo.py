@@ -46,13 +46,13 @@ def run_demo(config: DemoConfig, show: ShowPhase) -> tuple[dict[str, Any], Path]
     write_whole(directory / "config.toml", to_toml(config))
     pairs = draw_pairs(config.heldout, seed=config.seed, split="heldout")
 
-    first = _evaluate(config, "base", base, pairs, show)
+    first = evaluate_stage(config, "base", base, pairs, show)
     with show("Distil", 1, "steps") as bar:
         distilled = distill(sft_config(config), on_start=bar.begin, on_step=_follow(bar))
-    second = _evaluate(config, "distilled", distilled, pairs, show)
+    second = evaluate_stage(config, "distilled", distilled, pairs, show)
     with show("RL", config.rl.steps, "steps") as bar:
         trained = rlvr(rlvr_config(config, distilled), on_start=bar.begin, on_step=_follow(bar))
-    third = _evaluate(config, "rl", trained, pairs, show)
+    third = evaluate_stage(config, "rl", trained, pairs, show)
 
     rows = _with_gains({"base": first, "distilled": second, "rl": third})
     _gather(config, pairs, {"base": first, "distilled": second, "rl": third})
@@ -75,7 +75,7 @@ def _follow(bar: Phase) -> Callable[[int, int, dict[str, float]], None]:
     return on_step
 
 
-def _evaluate(
+def evaluate_stage(
     config: DemoConfig, stage: str, model_dir: Path, pairs: list[Pair], show: ShowPhase
 ) -> Evaluation:
     """Judge the held-out pairs once in both placements, or read what an earlier start did."""
