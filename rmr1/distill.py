@@ -29,7 +29,7 @@ from rmr1.engine.weights import load_model, read_config
 from rmr1.models import load_tokenizer, resolve_device, resolve_model
 from rmr1.profiling import Profile
 from rmr1.prompts import encode, render
-from rmr1.run import Run, StopRequest, prepare_memory, training_pairs
+from rmr1.run import Run, StopRequest, prepare_memory, refuse_another_model, training_pairs
 
 # (steps done, steps in all, figures to show), after each step
 OnStep = Callable[[int, int, dict[str, float]], None]
@@ -88,6 +88,7 @@ class _Stage:
         )
         self.per_epoch = math.ceil(len(self.traces) / config.batch_size)
         self.steps = config.epochs * self.per_epoch
+        refuse_another_model(run.checkpoint, start)
         model = load_model(run.checkpoint or start, dtype=config.dtype, device=device)
         prepare_memory(model, config, ranks, reference=False)
         self.trainer = Trainer(

@@ -37,7 +37,14 @@ from rmr1.models import load_tokenizer, resolve_device, resolve_model
 from rmr1.profiling import Profile
 from rmr1.prompts import encode, render
 from rmr1.rewards import correctness, overlong
-from rmr1.run import Run, StopRequest, prepare_memory, sample_row, training_pairs
+from rmr1.run import (
+    Run,
+    StopRequest,
+    prepare_memory,
+    refuse_another_model,
+    sample_row,
+    training_pairs,
+)
 from rmr1.verdict import Verdict, parse_verdicts
 
 _log = logging.getLogger(__name__)
@@ -93,6 +100,7 @@ class _Stage:
         def load(path: Path = start) -> Any:
             return load_model(path, dtype=config.dtype, device=device)
 
+        refuse_another_model(run.checkpoint, start)
         policy = load(run.checkpoint or start)
         offloaded = config.grpo.offload_reference
         # r_ref is the model before RL. With beta 0 it is never loaded.

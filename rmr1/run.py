@@ -19,8 +19,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from safetensors.torch import save_file
-
 from rmr1.config import RunConfig, Section, dotted, to_toml
 from rmr1.data import Pair, read_pairs, write_whole
 from rmr1.engine.checkpoint import (
@@ -33,7 +31,9 @@ from rmr1.engine.checkpoint import (
 from rmr1.engine.memory_plan import plan_training
 from rmr1.engine.model import CausalLM
 from rmr1.engine.ranks import Ranks
+from rmr1.engine.tensor_files import write_tensors
 from rmr1.engine.trainer import NotFinite, Trainer
+from rmr1.engine.weights import read_config
 from rmr1.tasks.catalog import draw_pairs
 from rmr1.trackers import Trackers, require
 
@@ -126,10 +126,11 @@ class Run:
         """What to tell of updates that came to nothing; the last one's batch is kept in a file."""
         path = self.directory / f"not-finite-{step:06d}.safetensors"
         if self.ranks.first:
-            save_file(error.batch.tensors(), path)
+            write_tensors(error.batch.tensors().items(), lambda _: path)
         return ValueError(
-            f"step {step}: {error}, and changed no weight; the last one's batch is in {path}; lower"
-            " optim.learning_rate or optim.max_grad_norm and go on from the last checkpoint"
+            f"step {step}: {error} and changed no weight; the last one's batch is in {path}; start a"
+            " run of another --name from the last checkpoint (--model) with a lower"
+            " --optim.learning_rate"
         )
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
@@ -162,6 +163,15 @@ def refuse_changes(directory: Path, config: Section) -> None:
         raise ValueError(
             f"{directory} holds a run with another configuration ({'; '.join(changed)});"
             " put the old values back to resume it, or choose another --name"
+        )
+
+
+def refuse_another_model(checkpoint: Path | None, start: Path) -> None:
+    """ValueError when a checkpoint is not of the model that the run starts from."""
+    if checkpoint is not None and read_config(checkpoint) != read_config(start):
+        raise ValueError(
+            f"{checkpoint} is of another model than {start}, from which the run starts; put the"
+            " run's own checkpoint back, or choose another --name"
         )
 
 

@@ -21,9 +21,12 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
+
+from torch import Tensor
 
 from rmr1.engine.tensor_files import read_tensors, write_tensors
 from rmr1.engine.trainer import Trainer
@@ -180,16 +183,20 @@ def read_progress(checkpoint: Path) -> Progress:
 def restore_trainer(checkpoint: Path, trainer: Trainer) -> Progress:
     """Give a trainer the optimiser state and update count of a checkpoint."""
     progress = read_progress(checkpoint)
+    trainer.updater.restore(_optimizer_state(checkpoint))
+    trainer.updates, trainer.skipped = progress.updates, progress.skipped
+    return progress
+
+
+def _optimizer_state(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
     for path in [checkpoint / _OPTIMIZER, *sorted(checkpoint.glob("optimizer-*.safetensors"))]:
         try:
-            trainer.updater.restore(read_tensors(path))
+            yield from read_tensors(path)
         except OSError as error:
             raise ValueError(
                 f"{path}: unreadable ({error}); delete {checkpoint} to resume from the one before"
                 " it"
             ) from error
-    trainer.updates, trainer.skipped = progress.updates, progress.skipped
-    return progress
 
 
 def export_model(checkpoint: Path, output: Path, *, dtype: str | None = None) -> None:

@@ -45,7 +45,7 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch | None:
             "SLURM_LOCALID": environment.get("SLURM_LOCALID"),
             "SLURM_STEP_NODELIST": environment.get("MASTER_ADDR") or first_node(nodes),
             # Jobs that share a node get different ports.
-            "SLURM_JOB_ID": environment.get("MASTER_PORT") or str(20_000 + job % 20_000),
+            "MASTER_PORT": environment.get("MASTER_PORT") or str(20_000 + job % 20_000),
         }
         return _checked(environment, given)
     return None

@@ -82,7 +82,8 @@ class Optimizer:
             ValueError: the tensors are of another model.
         """
         shapes = {name: parameter.shape for name, parameter in self._named.items()}
-        for key, value in tensors:
+        low = any(master is not self._named[name] for name, master in self._masters.items())
+        for key, value in complete(tensors, shapes, masters=low):
             state, name = checked_key(key, value, shapes)
             master = self._masters[name]
             if state == MASTER:
@@ -103,6 +104,27 @@ def parameter_groups(parameters: Iterable[Tensor], config: OptimConfig) -> list[
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
+
+
+def complete(
+    tensors: Iterable[tuple[str, Tensor]], names: Iterable[str], *, masters: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """The same tensors; ValueError at their end where some of a parameter's are missing.
+
+    None at all are complete: that is the state before the first step.
+    """
+    states = ("step", "exp_avg", "exp_avg_sq", *([MASTER] if masters else []))
+    missing = {f"{state}.{name}" for name in names for state in states}
+    any_came = False
+    for key, value in tensors:
+        any_came = True
+        missing.discard(key)
+        yield key, value
+    if any_came and missing:
+        raise ValueError(
+            f"the optimiser state lacks {len(missing)} tensors of the model, such as"
+            f" {min(missing)!r}; resume with the model that the checkpoint was made from"
+        )
 
 
 def checked_key(key: str, value: Tensor, shapes: Mapping[str, torch.Size]) -> tuple[str, str]:

@@ -16,7 +16,8 @@ def advising(advice: str) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         # torch's message is a paragraph whose first sentences say how much was wanted and is free.
         wanted = ". ".join(str(error).split(". ")[1:3])
-        raise MemoryError(f"out of GPU memory ({wanted}); {advice}") from error
+        about = f" ({wanted})" if wanted else ""
+        raise MemoryError(f"out of GPU memory{about}; {advice}") from error
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):
             raise

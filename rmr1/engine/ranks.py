@@ -43,10 +43,13 @@ class Ranks:
         return self.rank == 0
 
     def share(self, count: int) -> range:
-        """This rank's run of `count` things; the runs differ by one at most, and may be empty."""
+        """This rank's run of `count` things; the runs differ by one at most.
+
+        Where there are fewer things than ranks the last ranks have none of them, but rank 0 has.
+        """
         return range(
-            self.rank * count // self.size,
-            (self.rank + 1) * count // self.size,
+            -(-self.rank * count // self.size),
+            -(-(self.rank + 1) * count // self.size),
         )
 
     def gather(self, values: Tensor) -> Tensor:

@@ -99,12 +99,12 @@ class Trainer:
             # A rank that has nothing to do joins in: the others gather and reduce with it.
             part = batch.slice(*(run or (0, 1))).to(self.device)
             last = number == len(runs) - 1
-            with advising(self.memory_advice):
+            with advising(_memory_advice(self.max_micro_tokens)):
                 self._add_gradient(
                     part, loss, counts, per_token, stats, empty=run is None, last=last
                 )
         sums = self.ranks.reduce({name: value.item() for name, value in stats.items()})
-        with self.phases("optimizer"):
+        with self.phases("optimizer"), advising(_memory_advice(self.max_micro_tokens)):
             rate = learning_rate(self.config, self.updates, self.total_updates)
             norm = self.updater.step(rate)
         self.updates += 1
@@ -149,14 +149,6 @@ class Trainer:
             self.updater.backward(value, last=last)
         _accumulate(stats, {"entropy": entropy.detach().sum() * weight / counts.tokens})
 
-    @property
-    def memory_advice(self) -> str:
-        """What to do where memory runs out."""
-        return (
-            f"lower max_micro_tokens (now {self.max_micro_tokens}), set recompute to layer, or, on"
-            " several ranks, raise zero.stage"
-        )
-
     def score(self, batch: Batch) -> Tensor:
         """Log-probabilities under the policy, without a gradient: [R] on the host, of all ranks."""
         return _score(
@@ -167,6 +159,13 @@ class Trainer:
             self.temperature,
             self.ranks,
         )
+
+
+def _memory_advice(max_micro_tokens: int) -> str:
+    return (
+        f"lower max_micro_tokens (now {max_micro_tokens}), set recompute to layer, or, on several"
+        " ranks, raise zero.stage"
+    )
 
 
 def _accumulate(sums: dict[str, Tensor], stats: dict[str, Tensor]) -> None:
@@ -208,8 +207,9 @@ def _score(
     ranks: Ranks,
 ) -> Tensor:
     found = [torch.empty(0)]
-    for run in shares(batch.groups, max_micro_tokens, ranks.size)[ranks.rank]:
-        logprobs = scorer(batch.slice(*(run or (0, 1))).to(device), temperature)[0]
-        if run is not None:
-            found.append(logprobs.cpu())
+    with advising(_memory_advice(max_micro_tokens)):
+        for run in shares(batch.groups, max_micro_tokens, ranks.size)[ranks.rank]:
+            logprobs = scorer(batch.slice(*(run or (0, 1))).to(device), temperature)[0]
+            if run is not None:
+                found.append(logprobs.cpu())
     return ranks.gather(torch.cat(found))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rmr1.engine.model import CausalLM
 from rmr1.engine.optim_config import OptimConfig, ZeroConfig
-from rmr1.engine.optimizer import MASTER, checked_key, parameter_groups
+from rmr1.engine.optimizer import MASTER, checked_key, complete, parameter_groups
 from rmr1.engine.ranks import Ranks
 from rmr1.engine.scorer import Scorer
 
@@ -99,7 +99,7 @@ class Zero:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         parameters = dict(self.model.named_parameters())
-        for key, value in tensors:
+        for key, value in complete(tensors, self._shapes, masters=self._low):
             state, name = checked_key(key, value, self._shapes)
             parameter, value = parameters[name], value.to(self.ranks.device, torch.float32)
             if state == "step":
