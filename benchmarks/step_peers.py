@@ -129,7 +129,8 @@ def rmr1(job: Job) -> dict[str, Any]:
     grpo = Grpo(
         trainer,
         load_tokenizer(Path(job["model"])),
-        reference=Reference(load, device) if beta else None,
+        # On the disk between its uses: loading it anew is part of the time.
+        reference=Reference(load, device, offload=True) if beta else None,
         rollout=RolloutConfig(
             prompts=len(prompts), samples=job["samples"], max_new_tokens=job["new_tokens"]
         ),

@@ -42,7 +42,10 @@ def metrics(config: RlvrConfig | SftConfig) -> list[dict[str, Any]]:
     """The rows of a run, without the figures of the clock."""
     text = (config.directory / "metrics.jsonl").read_text()
     rows = [json.loads(line) for line in text.splitlines()]
-    return [{key: row[key] for key in row if not key.endswith(("_time", "_gb", "_per_second", "mfu"))} for row in rows]
+    return [
+        {key: row[key] for key in row if not key.endswith(("_time", "_gb", "_per_second", "mfu"))}
+        for row in rows
+    ]
 
 
 def tensors(checkpoint: Path, name: str = "model") -> dict[str, Tensor]:

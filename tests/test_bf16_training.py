@@ -23,7 +23,10 @@ CHANGES: dict[str, Any] = {"dtype": "bfloat16", "checkpoint_every": 1}
 def metrics(config: RlvrConfig | SftConfig) -> list[dict[str, Any]]:
     text = (config.directory / "metrics.jsonl").read_text()
     rows = [json.loads(line) for line in text.splitlines()]
-    return [{key: row[key] for key in row if not key.endswith(("_time", "_gb", "_per_second", "mfu"))} for row in rows]
+    return [
+        {key: row[key] for key in row if not key.endswith(("_time", "_gb", "_per_second", "mfu"))}
+        for row in rows
+    ]
 
 
 @pytest.mark.parametrize("stage", ["sft", "rlvr"])

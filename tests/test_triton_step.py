@@ -34,7 +34,10 @@ from rmr1.data import read_pairs
 from rmr1.engine.generator import Rollout
 from rmr1.engine.model import CausalLM, ModelConfig
 from rmr1.engine.optim_config import OptimConfig
-from rmr1.grpo import Grpo, GrpoStep, Reward
+from rmr1.engine.reference import Reference
+from rmr1.engine.trainer import Trainer
+from rmr1.group_sampling import Task
+from rmr1.grpo import Grpo, GrpoStep
 from rmr1.grpo_config import GrpoConfig, RolloutConfig
 from rmr1.kernels import dispatch, paged_attention_kernels
 from rmr1.kernels.dispatch import interpreted, use
@@ -165,6 +168,10 @@ def assert_equal_steps(found: GrpoStep, wanted: GrpoStep) -> None:
     assert figures(found) == pytest.approx(figures(wanted), rel=0, abs=1e-4)
 
 
+def rollouts(step: GrpoStep) -> list[Rollout]:
+    return [rollout for _, rollout in step.drawn.own]
+
+
 def figures(step: GrpoStep) -> dict[str, float]:
     """Without those of the clock."""
     return {name: value for name, value in step.figures().items() if not name.endswith("_time")}
@@ -259,7 +266,7 @@ def _refuse(where: str) -> Callable[..., Any]:
 
 
 def compare(
-    task: Task, make: Callable[[], Grpo], seeds: Sequence[int], how: How, launches: Counter[str]
+    task: Judging, make: Callable[[], Grpo], seeds: Sequence[int], how: How, launches: Counter[str]
 ) -> set[str]:
     """A step for each seed, natively and in Triton; returns the ops that were asked for Triton."""
     truth, mine = make(), make()
@@ -311,7 +318,7 @@ def test_a_step_in_triton_is_the_native_one(
         monkeypatch.setattr(paged_attention_kernels, "SHARE", tl.constexpr(4))
     tokenizer = load_tokenizer(tiny_model)
     prompts = [tokenizer(text)["input_ids"] for text in ("0 + 1 =", "2 =")]
-    task = Task(model, tokenizer, prompts, "AB")
+    task = Judging(model, tokenizer, prompts, "AB")
     settings, rollout = {"minibatches": 2, **config}, {"samples": 3, "max_new_tokens": 5}
     asked = compare(task, lambda: task.grpo(settings, rollout), [seed], how, launches)
     assert set(launches) == ALWAYS | kernels
@@ -339,7 +346,7 @@ def test_two_steps_with_prompts_of_more_than_a_block(
     monkeypatch.setattr(paged_attention_kernels, "SHARE", tl.constexpr(16))
     tokenizer, pairs = load_tokenizer(tiny_model), read_pairs(tiny_pairs)[:2]
     prompts = [encode(tokenizer, render(pair, "compact")) for pair in pairs]
-    task = Task(model, tokenizer, prompts, [pair.label for pair in pairs])
+    task = Judging(model, tokenizer, prompts, [pair.label for pair in pairs])
     settings = {"minibatches": 2, "old_logprobs": "recompute", **config}
     rollout = {"samples": 3, "max_new_tokens": 8, "temperature": 0.9, "top_p": 0.95}
     compare(task, lambda: task.grpo(settings, rollout, micro=40), seeds, "use", launches)

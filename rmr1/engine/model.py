@@ -91,6 +91,7 @@ class Mlp(nn.Module):
         gate, up = self.gate_proj(x), self.up_proj(x)  # [T, I]
         product = swiglu(gate, up)
         with anew(product, swiglu, gate, up, nested=True):
+            del gate, up  # without a gradient nobody needs them any more
             return self.down_proj(product)
 
 
