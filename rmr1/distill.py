@@ -23,7 +23,7 @@ from rmr1.engine.flops import peak_flops, throughput
 from rmr1.engine.launch import launched
 from rmr1.engine.memory_plan import peak_memory
 from rmr1.engine.packing import Counts, Responses, pack
-from rmr1.engine.ranks import Ranks, joined
+from rmr1.engine.ranks import Ranks, Stopped, joined
 from rmr1.engine.trainer import NotFinite, Trainer
 from rmr1.engine.weights import load_model, read_config
 from rmr1.models import load_tokenizer, resolve_device, resolve_model
@@ -71,7 +71,7 @@ def distill(
                     # Only here: what asks to stop from now on finds the next step's save.
                     if ranks.any(stop.requested):
                         said = f"saved {saved}; run the same command again to go on"
-                        raise KeyboardInterrupt(said)
+                        raise Stopped(said)
         return run.checkpoints / f"step-{stage.steps:06d}"
 
 

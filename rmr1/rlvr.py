@@ -27,7 +27,7 @@ from rmr1.engine.flops import peak_flops, throughput
 from rmr1.engine.generator import Rollout
 from rmr1.engine.launch import launched
 from rmr1.engine.memory_plan import peak_memory
-from rmr1.engine.ranks import Ranks, joined
+from rmr1.engine.ranks import Ranks, Stopped, joined
 from rmr1.engine.reference import Reference
 from rmr1.engine.trainer import NotFinite, Trainer
 from rmr1.engine.weights import load_model
@@ -83,7 +83,7 @@ def rlvr(
                     # Only here: what asks to stop from now on finds the next step's save.
                     if ranks.any(stop.requested):
                         said = f"saved {saved}; run the same command again to go on"
-                        raise KeyboardInterrupt(said)
+                        raise Stopped(said)
         return run.checkpoints / f"step-{config.steps:06d}"
 
 

@@ -128,8 +128,8 @@ class Run:
         if self.ranks.first:
             write_tensors(error.batch.tensors().items(), lambda _: path)
         return ValueError(
-            f"step {step}: {error} and changed no weight; the last one's batch is in {path}; start a"
-            " run of another --name from the last checkpoint (--model) with a lower"
+            f"step {step}: {error} and changed no weight; the last one's batch is in {path}; start"
+            " a run of another --name from the last checkpoint (--model) with a lower"
             " --optim.learning_rate"
         )
 

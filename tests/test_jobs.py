@@ -161,6 +161,7 @@ def test_a_stopped_rank_ends_the_others(
     assert "start the same command again" in err
 
 
+@pytest.mark.slow
 def test_a_rank_that_raises_tells_the_others(
     rlvr_config: Make, tmp_path: Path, start_ranks: Any
 ) -> None:

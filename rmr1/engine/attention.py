@@ -7,6 +7,7 @@ Who sees whom is in a `Layout`; what is computed, and by which kernel, in
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextvars import copy_context
 from typing import Any
 
 import torch
@@ -55,10 +56,13 @@ class _Attention(torch.autograd.Function):
         out, lse = packed_attention.forward(q, k, v, layout)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.layout = layout
+        # On a GPU the backward runs in a thread of autograd's, where `dispatch.use` is not known.
+        ctx.context = copy_context()
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, on_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, out, lse = ctx.saved_tensors
-        return *packed_attention.backward(on_out, q, k, v, out, lse, ctx.layout), None
+        given = on_out, q, k, v, out, lse, ctx.layout
+        return *ctx.context.run(packed_attention.backward, *given), None

@@ -104,6 +104,12 @@ class Ranks:
         self.reduce({"": 0.0})
 
 
+class Stopped(KeyboardInterrupt):
+    """All ranks have agreed to end, at the same place; a KeyboardInterrupt that one rank may see
+    alone is a failure to the others.
+    """
+
+
 @contextmanager
 def joined(place: Launch | None, device: torch.device) -> Iterator[Ranks]:
     """The ranks of the job that this process belongs to, while the block runs.
@@ -127,6 +133,9 @@ def joined(place: Launch | None, device: torch.device) -> Iterator[Ranks]:
     try:
         yield ranks
         ranks.wait()  # rank 0 leaves last: the others' messages go through it
+    except Stopped:
+        ranks.wait()
+        raise
     except BaseException as error:
         heartbeat.fail(str(error) or type(error).__name__)
         raise
