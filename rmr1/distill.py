@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,21 +19,15 @@ from rmr1.config import SftConfig
 from rmr1.data import Pair, shuffled_epochs
 from rmr1.engine.checkpoint import Progress, restore_trainer
 from rmr1.engine.flops import peak_flops, throughput
-from rmr1.engine.launch import launched
 from rmr1.engine.memory_plan import peak_memory
 from rmr1.engine.packing import Counts, Responses, pack
-from rmr1.engine.ranks import Ranks, Stopped, joined
+from rmr1.engine.ranks import Ranks
 from rmr1.engine.trainer import NotFinite, Trainer
 from rmr1.engine.weights import load_model, read_config
-from rmr1.models import load_tokenizer, resolve_device, resolve_model
-from rmr1.profiling import Profile
+from rmr1.models import load_tokenizer, resolve_model
 from rmr1.prompts import encode, render
-from rmr1.run import Run, StopRequest, prepare_memory, refuse_another_model, training_pairs
-
-# (steps done, steps in all, figures to show), after each step
-OnStep = Callable[[int, int, dict[str, float]], None]
-# (steps done by an earlier start, steps in all), once before the first step
-OnStart = Callable[[int, int], None]
+from rmr1.run import Run, prepare_memory, refuse_another_model, training_pairs
+from rmr1.stages import OnStart, OnStep, run_steps, trained
 
 
 def nll(logprobs: Tensor, responses: Responses, counts: Counts) -> tuple[Tensor, dict[str, Tensor]]:
@@ -45,34 +38,11 @@ def nll(logprobs: Tensor, responses: Responses, counts: Counts) -> tuple[Tensor,
 def distill(
     config: SftConfig, *, on_start: OnStart | None = None, on_step: OnStep | None = None
 ) -> Path:
-    """Run or resume stage 1 and return the directory of the distilled model.
-
-    A launcher's environment (see rmr1/engine/launch.py) makes it a rank of a job.
-    """
-    place = launched()
-    device = torch.device(resolve_device(config.device, place))
-    with joined(place, device) as ranks, Run(config, ranks) as run:
+    """Run or resume stage 1 and return the directory of the distilled model; see `trained`."""
+    with trained(config) as (run, ranks, device):
         start = resolve_model(config.model)
         stage = _Stage(config, run, ranks, start, device)
-        progress = stage.resume()
-        if on_start is not None:
-            on_start(progress.step, stage.steps)
-        traced = config.profile if ranks.first else 0
-        with StopRequest() as stop, Profile(run.directory, traced) as profile:
-            for step in range(progress.step + 1, stage.steps + 1):
-                profile.step_begins(step)
-                row = stage.step(step)
-                profile.step_ended(step)
-                if on_step is not None:
-                    on_step(step, stage.steps, {"loss": row["loss"]})
-                due = step % config.checkpoint_every == 0 or step == stage.steps
-                if ranks.any(stop.requested) or due:
-                    saved = run.save(stage.trainer, stage.progress, tokenizer_from=start)
-                    # Only here: what asks to stop from now on finds the next step's save.
-                    if ranks.any(stop.requested):
-                        said = f"saved {saved}; run the same command again to go on"
-                        raise Stopped(said)
-        return run.checkpoints / f"step-{stage.steps:06d}"
+        return run_steps(run, stage, start, on_start=on_start, on_step=on_step)
 
 
 class _Stage:

@@ -11,7 +11,7 @@ import logging
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,66 +25,37 @@ from rmr1.data import shuffled_epochs
 from rmr1.engine.checkpoint import Progress, restore_trainer
 from rmr1.engine.flops import peak_flops, throughput
 from rmr1.engine.generator import Rollout
-from rmr1.engine.launch import launched
 from rmr1.engine.memory_plan import peak_memory
-from rmr1.engine.ranks import Ranks, Stopped, joined
+from rmr1.engine.ranks import Ranks
 from rmr1.engine.reference import Reference
 from rmr1.engine.trainer import NotFinite, Trainer
 from rmr1.engine.weights import load_model
 from rmr1.group_sampling import Task
 from rmr1.grpo import Grpo
-from rmr1.models import load_tokenizer, resolve_device, resolve_model
-from rmr1.profiling import Profile
+from rmr1.models import load_tokenizer, resolve_model
 from rmr1.prompts import encode, render
 from rmr1.rewards import correctness, overlong
 from rmr1.run import (
     Run,
-    StopRequest,
     prepare_memory,
     refuse_another_model,
     sample_row,
     training_pairs,
 )
+from rmr1.stages import OnStart, OnStep, run_steps, trained
 from rmr1.verdict import Verdict, parse_verdicts
 
 _log = logging.getLogger(__name__)
-
-# As in rmr1/distill.py: after each step, and once before the first.
-OnStep = Callable[[int, int, dict[str, float]], None]
-OnStart = Callable[[int, int], None]
 
 
 def rlvr(
     config: RlvrConfig, *, on_start: OnStart | None = None, on_step: OnStep | None = None
 ) -> Path:
-    """Run or resume stage 2 and return the directory of the trained model.
-
-    A launcher's environment (see rmr1/engine/launch.py) makes it a rank of a job.
-    """
-    place = launched()
-    device = torch.device(resolve_device(config.device, place))
-    with joined(place, device) as ranks, Run(config, ranks) as run:
+    """Run or resume stage 2 and return the directory of the trained model; see `trained`."""
+    with trained(config) as (run, ranks, device):
         start = resolve_model(config.model)
         stage = _Stage(config, run, ranks, start, device)
-        progress = stage.resume()
-        if on_start is not None:
-            on_start(progress.step, config.steps)
-        traced = config.profile if ranks.first else 0
-        with StopRequest() as stop, Profile(run.directory, traced) as profile:
-            for step in range(progress.step + 1, config.steps + 1):
-                profile.step_begins(step)
-                row = stage.step(step)
-                profile.step_ended(step)
-                if on_step is not None:
-                    on_step(step, config.steps, row)
-                due = step % config.checkpoint_every == 0 or step == config.steps
-                if ranks.any(stop.requested) or due:
-                    saved = run.save(stage.trainer, stage.progress, tokenizer_from=start)
-                    # Only here: what asks to stop from now on finds the next step's save.
-                    if ranks.any(stop.requested):
-                        said = f"saved {saved}; run the same command again to go on"
-                        raise Stopped(said)
-        return run.checkpoints / f"step-{config.steps:06d}"
+        return run_steps(run, stage, start, on_start=on_start, on_step=on_step)
 
 
 class _Stage:
@@ -93,7 +64,7 @@ class _Stage:
     def __init__(
         self, config: RlvrConfig, run: Run, ranks: Ranks, start: Path, device: torch.device
     ) -> None:
-        self.config, self.run, self.ranks = config, run, ranks
+        self.config, self.run, self.ranks, self.steps = config, run, ranks, config.steps
         tokenizer = load_tokenizer(start)
         self.prompts, self.dropped = _fitting_prompts(config, tokenizer)
 

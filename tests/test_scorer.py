@@ -75,7 +75,9 @@ torch.distributed.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize(("tied", "with_forward"), [(True, True), (False, False)])
+@pytest.mark.parametrize(
+    ("tied", "with_forward"), [(True, True), pytest.param(False, False, marks=pytest.mark.slow)]
+)
 def test_zero3_gathers_the_head(
     tiny_model: Path, tmp_path: Path, tied: bool, with_forward: bool
 ) -> None:

@@ -292,7 +292,7 @@ def compare(
 @pytest.mark.parametrize(
     ("model", "config", "seed", "how", "kernels", "op"),
     [
-        ("llama", {}, 63, "use", OF_TOKENS, "token_loss"),
+        pytest.param(*("llama", {}, 63, "use", OF_TOKENS, "token_loss"), marks=pytest.mark.slow),
         (
             "qwen3",
             {"variant": "gspo"},

@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -102,7 +102,9 @@ def cases(only: str = "") -> list[Case]:
     return [case for module in modules for case in module.CASES]
 
 
-def compile_all(chosen: list[Case], *, quick: bool = False) -> Iterator[Binary]:
+def compile_all(
+    chosen: list[Case], *, quick: bool = False, chips: Sequence[Chip] = CHIPS
+) -> Iterator[Binary]:
     """Compile each case for each chip, in each of its configurations; `quick`: in the first, and in
     fp32 only what has no bf16.
     """
@@ -112,7 +114,7 @@ def compile_all(chosen: list[Case], *, quick: bool = False) -> Iterator[Binary]:
             continue
         configs = getattr(case.kernel, "configs", [triton.Config({}, num_warps=case.warps)])
         for config in configs[:1] if quick else configs:
-            for chip in CHIPS:
+            for chip in chips:
                 yield _compile(case, config, chip)
 
 
@@ -210,10 +212,14 @@ def main() -> int:
     )
     parser.add_argument("--only", default="", help="modules whose name holds this text")
     parser.add_argument("--quick", action="store_true", help="one configuration a kernel, in bf16")
+    parser.add_argument(
+        "--chips", nargs="+", choices=[chip.name for chip in CHIPS], help="targets (default: all)"
+    )
     parser.add_argument("--write", type=Path, help="Markdown file whose marked part is replaced")
     args = parser.parse_args()
     binaries = []
-    for binary in compile_all(cases(args.only), quick=args.quick):
+    chips = [chip for chip in CHIPS if not args.chips or chip.name in args.chips]
+    for binary in compile_all(cases(args.only), quick=args.quick, chips=chips):
         binaries.append(binary)
         print(f"{binary.case.name} {binary.config} {binary.chip.name}", file=sys.stderr)
     text = table(binaries)
