@@ -96,20 +96,40 @@ class Zero:
 
     def restore(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """See `Updater`."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
         parameters = dict(self.model.named_parameters())
         for key, value in complete(tensors, self._shapes, masters=self._low):
             state, name = checked_key(key, value, self._shapes)
             parameter, value = parameters[name], value.to(self.ranks.device, torch.float32)
             if state == "step":
                 self._steps = int(value)
-            elif state == MASTER and self._low:
-                safe_set_full_fp32_param(parameter, value)
             elif state in _MOMENTS:
-                safe_set_full_optimizer_state(parameter, value, state)
+                self._put(parameter, value, state)
+            elif state == MASTER and self._low:
+                self._put(parameter, value, None)
         for moments in self.engine.optimizer.optimizer.state.values():
             moments["step"].fill_(self._steps)
+
+    def _put(self, parameter: torch.nn.Parameter, value: Tensor, state: str | None) -> None:
+        """Set a moment, or without a name the fp32 copy, of a parameter."""
+        from deepspeed import utils
+
+        if self.whole:
+            if state is None:
+                utils.safe_set_full_fp32_param(parameter, value)
+            else:
+                utils.safe_set_full_optimizer_state(parameter, value, state)
+            return
+        # Its part of a sharded one, padded: DeepSpeed would cut past the end of a whole tensor
+        # whose size is no multiple of the ranks.
+        size = int(parameter.ds_tensor.ds_numel)  # type: ignore[attr-defined]
+        padded = torch.nn.functional.pad(
+            value.flatten(), (0, size * self.ranks.size - value.numel())
+        )
+        own = padded[self.ranks.rank * size : (self.ranks.rank + 1) * size]
+        if state is None:
+            utils.safe_set_local_fp32_param(parameter, own)
+        else:
+            utils.safe_set_local_optimizer_state(parameter, own, state)
 
     def _gathered(self, parameter: torch.nn.Parameter) -> AbstractContextManager[Any]:
         if self.whole:
