@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from rmr1.engine import flops
 from rmr1.engine.flops import (
     forward_flops,
-    generation_flops,
     named_peak,
     pair_flops,
     pairs,
@@ -94,20 +93,6 @@ def test_pairs_are_those_of_the_mask() -> None:
             seen += int(torch.cat([torch.ones(n, group.prompt), torch.ones(n, n).tril()], 1).sum())
     assert pairs(batch().groups) == seen
     assert pairs([Group(5, ())]) == 15
-
-
-def test_generation_by_hand() -> None:
-    # A prompt of 3, two samples of 4: 3 + 2 x 3 tokens, 1 + 2 x 3 draws. Pairs: 1 + 2 + 3 of the
-    # prompt; each sample's three tokens see 3 of it and 1, 2, 3 of their own.
-    groups = [Group(3, (4, 4))]
-    body = 3 * 48 * (2 * 96 + 2 * 32 + 3 * 80)
-    assert flops.body_size(CONFIG) == body
-    products = body * 9 + 97 * 48 * 7
-    assert generation_flops(CONFIG, groups) == 2 * products + 4 * 6 * 16 * 3 * (6 + 2 * (9 + 6))
-    assert generation_flops(CONFIG, groups) < forward_flops(CONFIG, groups)
-    # A single token is drawn from the prompt alone.
-    one = generation_flops(CONFIG, [Group(3, (1, 1))])
-    assert one == 2 * (body * 3 + 97 * 48) + pair_flops(CONFIG) * 6
 
 
 def test_throughput_leaves_out_what_is_not_known() -> None:

@@ -73,16 +73,6 @@ def training_flops(config: ModelConfig, groups: Sequence[Group]) -> float:
     return TRAINING_PASSES * forward_flops(config, groups)
 
 
-def generation_flops(config: ModelConfig, groups: Sequence[Group]) -> float:
-    """Drawing the responses of a batch, each prompt computed once.
-
-    The first tokens of a group are drawn from one row of logits, and the last token of a response
-    is computed no more.
-    """
-    fed = [Group(group.prompt, tuple(n - 1 for n in group.responses)) for group in groups]
-    return _flops(config, fed, sum(1 + sum(group.responses) for group in fed))
-
-
 def _flops(config: ModelConfig, groups: Sequence[Group], head_rows: int) -> float:
     tokens = sum(group.tokens for group in groups)
     products = body_size(config) * tokens + head_size(config) * head_rows
