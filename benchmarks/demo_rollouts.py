@@ -18,7 +18,7 @@ import rmr1
 from rmr1.config import RlvrConfig, load_config
 from rmr1.data import shuffled_epochs
 from rmr1.models import load_tokenizer
-from rmr1.prompts import encode, render
+from rmr1.prompts import encode
 from rmr1.tasks.catalog import draw_pairs
 
 ROLLOUTS = 3
@@ -28,7 +28,7 @@ def main() -> None:
     folder, config = Path(sys.argv[1]), load_config(RlvrConfig, sys.argv[2], {})
     tokenizer, rollout = load_tokenizer(folder), config.rollout
     pairs = draw_pairs(config.data.tasks, seed=config.data.seed, split="train")
-    prompts = [encode(tokenizer, render(pair, config.prompt_style)) for pair in pairs]
+    prompts = [encode(tokenizer, config.prompt.render(pair)) for pair in pairs]
     fitting = [ids for ids in prompts if len(ids) <= config.max_prompt_tokens]
     stream = shuffled_epochs(fitting, config.seed)
     model = rmr1.load_model(folder)

@@ -15,7 +15,7 @@ from harness import Limits, Work
 from rmr1.engine.cache_plan import bytes_per_token
 from rmr1.engine.flops import body_size, head_size, pair_flops
 from rmr1.engine.model_config import ModelConfig
-from rmr1.prompts import task_text
+from rmr1.prompts import load_prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,7 @@ def texts(data: Path | None) -> list[str]:
         items = list(load_items(data).items)
         Random(0).shuffle(items)
         pairs = [Cell(item, style, style, "A").pair() for style in range(3) for item in items]
-    return [task_text(pair) for pair in pairs]
+    return [load_prompt("rubric").render(pair)[-1]["content"] for pair in pairs]
 
 
 def prompt_sets(

@@ -21,7 +21,7 @@ import rmr1
 from rmr1.data import Pair
 from rmr1.kernels.policy_loss import PolicyLossConfig
 from rmr1.models import resolve_model
-from rmr1.prompts import encode, render
+from rmr1.prompts import encode, load_prompt
 from rmr1.tasks.catalog import draw_pairs
 
 SAMPLES = 8  # a pair
@@ -62,7 +62,7 @@ def train_step(
 @torch.no_grad()
 def sample(model: Any, tokenizer: Any, pair: Pair) -> tuple[int, Tensor]:
     """The length of a pair's prompt, and SAMPLES continuations of it, prompt included."""
-    prompt = torch.tensor([encode(tokenizer, render(pair, "compact"))])
+    prompt = torch.tensor([encode(tokenizer, load_prompt("compact").render(pair))])
     ids = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from rmr1.cli_arguments import Verb
 from rmr1.data import Pair, read_pairs, write_whole
-from rmr1.prompts import Style
+from rmr1.prompts import Part, Prompt, PromptStyle, load_prompt
 from rmr1.score import score_file
 from rmr1.tasks.catalog import draw_pairs
 from rmr1.terminal import interval, percent, phase
@@ -33,12 +33,22 @@ class _Model(Verb):
     """What every verb that loads a model takes."""
 
     model: str = Field(description="Hugging Face directory, or `pocket`, `smollm2`")
-    prompt_style: Style = Field("rubric", description="the judge's prompt: see rmr1/prompts.py")
+    prompt_style: PromptStyle = Field(
+        "rubric", description="the judge's prompt: rubric, reasoning, compact, or a .jinja file"
+    )
+    prompt_without: list[Part] = Field(
+        [], description="parts of the chain of rubrics that the prompt leaves out"
+    )
     max_new_tokens: int | None = Field(
         None, ge=1, description="cap of a judgment; unset: 1024, or half the model's positions"
     )
     seed: int = Field(0, ge=0, description="of placements, tasks and draws")
     json_output: bool = Field(False, alias="json", description="print figures as JSON")
+
+    @property
+    def template(self) -> Prompt:
+        """The judge's prompt; ValueError where it has no such part."""
+        return load_prompt(self.prompt_style, tuple(self.prompt_without))
 
     def load(self) -> tuple[Generator, Any, int, int]:
         """Generator, tokenizer, the longest prompt and the longest judgment."""
@@ -100,7 +110,7 @@ class Eval(_Model):
                 data=self.data,
                 output=self.output or "results/rm-bench.jsonl",
                 model=model_id(resolve_model(self.model)),
-                style=self.prompt_style,
+                prompt=self.template,
                 seed=self.seed,
                 limit=self.limit,
                 both_orders=self.both_orders,
@@ -134,7 +144,7 @@ class Eval(_Model):
                 generator,
                 tokenizer,
                 pairs,
-                style=self.prompt_style,
+                prompt=self.template,
                 sampling=sampling,
                 max_prompt_tokens=room,
                 progress=bar.count,
@@ -197,7 +207,7 @@ class JudgeOne(_Model):
 
         judge = Judge(
             self.model,
-            style=self.prompt_style,
+            style=self.template,
             max_new_tokens=self.max_new_tokens,
             seed=self.seed,
         )

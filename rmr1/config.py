@@ -20,7 +20,7 @@ from pydantic import (
 
 from rmr1.engine.optim_config import OptimConfig, Recompute, ZeroConfig
 from rmr1.grpo_config import GrpoConfig, RolloutConfig, refuse_more_minibatches
-from rmr1.prompts import Style
+from rmr1.prompts import Part, Prompt, PromptStyle, load_prompt
 from rmr1.section import Section
 from rmr1.trackers import TrackerName
 
@@ -50,7 +50,12 @@ class RunConfig(Section):
         "auto", description="auto: a GPU if there is one"
     )
     seed: int = Field(0, ge=0, description="of everything that is drawn during the run")
-    prompt_style: Style = Field("rubric", description="the judge's prompt: see rmr1/prompts.py")
+    prompt_style: PromptStyle = Field(
+        "rubric", description="the judge's prompt: rubric, reasoning, compact, or a .jinja file"
+    )
+    prompt_without: list[Part] = Field(
+        [], description="parts of the chain of rubrics that the prompt leaves out"
+    )
     max_prompt_tokens: int = Field(
         4096, ge=1, description="longer prompts are dropped, counted and reported"
     )
@@ -77,6 +82,16 @@ class RunConfig(Section):
     data: DataConfig
     optim: OptimConfig = OptimConfig()
     zero: ZeroConfig = ZeroConfig()
+
+    @model_validator(mode="after")
+    def _prompt_has_these_parts(self) -> RunConfig:
+        load_prompt(self.prompt_style, tuple(self.prompt_without))
+        return self
+
+    @property
+    def prompt(self) -> Prompt:
+        """The judge's prompt."""
+        return load_prompt(self.prompt_style, tuple(self.prompt_without))
 
     @property
     def directory(self) -> Path:

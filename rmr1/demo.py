@@ -23,7 +23,7 @@ from rmr1.engine.weights import load_model
 from rmr1.evaluate import Evaluation, compare, summarise
 from rmr1.judge import BOTH_PLACEMENTS, Judgment, judge_pairs
 from rmr1.models import load_tokenizer, resolve_model
-from rmr1.prompts import prompt_hash
+from rmr1.prompts import load_prompt
 from rmr1.report import write_report
 from rmr1.rlvr import rlvr
 from rmr1.run import refuse_changes, sample_row
@@ -95,14 +95,14 @@ def evaluate_stage(
                 generator,
                 tokenizer,
                 pairs,
-                style=config.prompt_style,
+                prompt=load_prompt(config.prompt_style),
                 sampling=sampling,
                 max_prompt_tokens=config.max_prompt_tokens,
                 placements=BOTH_PLACEMENTS,
                 progress=bar.count,
             )
         _write_lines(path, [asdict(one) for one in judgments])
-    return summarise(judgments, prompt_hash=prompt_hash(config.prompt_style), seed=config.seed)
+    return summarise(judgments, prompt_hash=load_prompt(config.prompt_style).hash, seed=config.seed)
 
 
 def _with_gains(evaluations: dict[str, Evaluation]) -> dict[str, Any]:

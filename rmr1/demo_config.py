@@ -16,7 +16,7 @@ from rmr1.config import (
     refuse_more_minibatches,
 )
 from rmr1.engine.optim_config import OptimConfig
-from rmr1.prompts import Style
+from rmr1.prompts import PromptStyle
 
 
 class DistillPlan(Section):
@@ -51,7 +51,7 @@ class DemoConfig(Section):
     runs_dir: str = Field("runs", description="the folder of all runs")
     model: str = Field("pocket", description="Hugging Face directory, or `pocket`, `smollm2`")
     seed: int = Field(0, ge=0, description="of the tasks, the order and every draw")
-    prompt_style: Style = Field("compact", description="the judge's prompt")
+    prompt_style: PromptStyle = Field("compact", description="the judge's prompt")
     heldout: int = Field(510, ge=1, description="held-out pairs to evaluate on, in both placements")
     max_prompt_tokens: int = Field(768, ge=1, description="longer prompts are dropped and counted")
     max_new_tokens: int = Field(192, ge=1, description="cap of a judgment in evaluations")

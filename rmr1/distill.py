@@ -25,7 +25,7 @@ from rmr1.engine.ranks import Ranks
 from rmr1.engine.trainer import NotFinite, Trainer
 from rmr1.engine.weights import load_model, read_config
 from rmr1.models import load_tokenizer, resolve_model
-from rmr1.prompts import encode, render
+from rmr1.prompts import encode
 from rmr1.run import Run, prepare_memory, refuse_another_model, training_pairs
 from rmr1.stages import OnStart, OnStep, run_steps, trained
 
@@ -138,7 +138,7 @@ def tokenize_traces(
     for pair in pairs:
         if not pair.trace:
             continue
-        prompt = encode(tokenizer, render(pair, config.prompt_style))
+        prompt = encode(tokenizer, config.prompt.render(pair))
         trace = tokenizer(pair.trace, add_special_tokens=False)["input_ids"]
         trace.append(tokenizer.eos_token_id)
         if len(prompt) > config.max_prompt_tokens or len(prompt) + len(trace) > longest:

@@ -15,7 +15,7 @@ from typing import Any
 from rmr1.data import Pair
 from rmr1.engine.generator import SamplingParams
 from rmr1.judge import BOTH_PLACEMENTS, Generates, Judgment, Progress, judge_pairs
-from rmr1.prompts import Style, prompt_hash
+from rmr1.prompts import Prompt
 from rmr1.statistics import (
     Difference,
     Interval,
@@ -96,7 +96,7 @@ def evaluate_pairs(
     tokenizer: Any,
     pairs: Sequence[Pair],
     *,
-    style: Style,
+    prompt: Prompt,
     sampling: SamplingParams,
     max_prompt_tokens: int | None = None,
     progress: Progress | None = None,
@@ -119,13 +119,13 @@ def evaluate_pairs(
         generator,
         tokenizer,
         pairs,
-        style=style,
+        prompt=prompt,
         sampling=sampling,
         max_prompt_tokens=max_prompt_tokens,
         placements=BOTH_PLACEMENTS,
         progress=progress,
     )
-    return summarise(judgments, prompt_hash=prompt_hash(style), seed=sampling.seed)
+    return summarise(judgments, prompt_hash=prompt.hash, seed=sampling.seed)
 
 
 def summarise(judgments: Sequence[Judgment], *, prompt_hash: str, seed: int) -> Evaluation:

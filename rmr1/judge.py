@@ -17,7 +17,7 @@ from rmr1.data import Kind, Label, Message, Pair, pair_from_row
 from rmr1.engine.generator import Generator, Rollout, SamplingParams
 from rmr1.engine.weights import load_model
 from rmr1.models import load_tokenizer, resolve_model
-from rmr1.prompts import Style, encode, render
+from rmr1.prompts import Prompt, encode, load_prompt
 from rmr1.verdict import parse_verdicts
 
 Placement = Literal["ab", "ba"]
@@ -90,7 +90,7 @@ def judge_pairs(
     tokenizer: Any,
     pairs: Sequence[Pair],
     *,
-    style: Style,
+    prompt: Prompt,
     sampling: SamplingParams,
     max_prompt_tokens: int | None = None,
     placements: Sequence[Placement] = ("ab",),
@@ -106,7 +106,7 @@ def judge_pairs(
     for pair in pairs:
         for placement in placements:
             shown = pair if placement == "ab" else pair.swapped()
-            ids = encode(tokenizer, render(shown, style))
+            ids = encode(tokenizer, prompt.render(shown))
             too_long = max_prompt_tokens is not None and len(ids) > max_prompt_tokens
             blanks.append(
                 Judgment(
@@ -207,15 +207,15 @@ class Judge:
         judge.compare("What is 2 + 2?", "4", "5").verdict     # "A", "B", "tie" or None
 
     The model is a Hugging Face directory, or a name that rmr1/models.py knows ("pocket"). `style`
-    is the prompt it was trained with (see rmr1/prompts.py). One vote is greedy; several are
-    sampled at `temperature`.
+    is the prompt it was trained with: a name, a .jinja file, or a `Prompt` (see rmr1/prompts.py).
+    One vote is greedy; several are sampled at `temperature`.
     """
 
     def __init__(
         self,
         model_dir: str | Path,
         *,
-        style: Style = "rubric",
+        style: str | Prompt = "rubric",
         dtype: str = "float32",
         device: str = "cpu",
         max_new_tokens: int | None = None,
@@ -233,7 +233,7 @@ class Judge:
         self.tokenizer = load_tokenizer(directory)
         model = load_model(directory, dtype=dtype, device=device)
         self.generator: Generates = Generator(model, self.tokenizer)
-        self.style = style
+        self.prompt = load_prompt(style) if isinstance(style, str) else style
         if max_new_tokens is None:
             max_new_tokens = min(1024, model.config.max_position_embeddings // 2)
         if max_prompt_tokens is None:
@@ -279,7 +279,7 @@ class Judge:
             self.generator,
             self.tokenizer,
             [pair],
-            style=self.style,
+            prompt=self.prompt,
             sampling=self._greedy if votes == 1 else replace(self._sampled, n=votes),
             max_prompt_tokens=self.max_prompt_tokens,
             placements=BOTH_PLACEMENTS if swap else ("ab",),

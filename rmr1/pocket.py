@@ -35,7 +35,7 @@ from rmr1.engine.trainer import Trainer
 from rmr1.engine.weights import load_model, save_model
 from rmr1.models import load_tokenizer
 from rmr1.pocket_init import wire_copying
-from rmr1.prompts import encode, render
+from rmr1.prompts import encode, load_prompt
 from rmr1.tasks.catalog import FAMILIES
 from rmr1.tasks.family import Item, draw_item, judgment_text, place
 from rmr1.terminal import Phase, phase
@@ -147,7 +147,7 @@ def train_tokenizer(tasks: Sequence[Drawn]) -> Any:
     )
     counts: Counter[str] = Counter()
     for task in tasks:
-        for text in (render(task.pair, "compact")[-1]["content"], task.judgment):
+        for text in (load_prompt("compact").render(task.pair)[-1]["content"], task.judgment):
             counts.update(word for word, _ in words.pre_tokenize_str(text))
     tags = [tag for name in TAGS for tag in (f"<{name}>", f"</{name}>")]
     added = [*PASSAGES, *tags, *MARKERS]
@@ -233,7 +233,7 @@ def _example(tokenizer: Any, task: Drawn, rng: Random) -> tuple[list[int], list[
         messages = [{"role": "user", "content": question}]
         text = f"{working} {note}"
     else:
-        messages, text = render(pair, "compact"), task.judgment
+        messages, text = load_prompt("compact").render(pair), task.judgment
     response = tokenizer(text, add_special_tokens=False)["input_ids"]
     return encode(tokenizer, messages), [*response, tokenizer.eos_token_id]
 

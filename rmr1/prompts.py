@@ -1,13 +1,16 @@
 """The judge's prompts: a pair becomes chat messages, and messages become token ids.
 
-Three styles, chosen by name in a config and never guessed from a model's path:
+A prompt is a Jinja file. It sets `user`, and `system` where there is a system turn, from
+`conversation` (messages with role and content), `answer_a`, `answer_b` and two switches, `classify`
+and `rubric`. It is never told the label, so it cannot show it. Three come with the package
+(rmr1/prompt_templates), chosen by name in a config and never guessed from a model's path:
 
 - `rubric`: chain of rubrics for instruct models (the task is classified first; reasoning tasks get
   an own solution, chat tasks a weighted rubric). The instructions are a system turn.
 - `reasoning`: for models that already think before they answer. One user turn, verdict only.
 - `compact`: the chain of rubrics in three lines, for small models that were taught the format.
 
-The wording is this project's own. `prompt_hash` identifies the exact template in every result.
+The wording is this project's own. `Prompt.hash` identifies the exact template in every result.
 """
 
 from __future__ import annotations
@@ -15,91 +18,130 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from jinja2 import TemplateError
+from jinja2 import (
+    FileSystemLoader,
+    StrictUndefined,
+    Template,
+    TemplateError,
+    TemplateSyntaxError,
+)
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from pydantic import AfterValidator
 
 from rmr1.data import Message, Pair
 
-Style = Literal["rubric", "reasoning", "compact"]
+Part = Literal["rubric", "classification"]
 
-_RUBRIC_SYSTEM = """\
-You are a careful judge. You read a conversation and two candidate replies, A and B, and decide \
-which reply serves the user better. Neither the order nor the length of the replies is a reason.
+_SHIPPED = Path(__file__).parent / "prompt_templates"
+SHIPPED_PROMPTS = ("rubric", "reasoning", "compact")
 
-First decide what kind of task it is. Reasoning covers mathematics, code, logic and any question \
-with a result that can be worked out. Chat covers everything else: open conversation, advice, \
-style, safety, help with facts.
-
-For a reasoning task, work out your own solution before you look at the replies, then hold each \
-reply against it. Write:
-<type>Reasoning</type>
-<solution>your own solution, step by step</solution>
-<eval>how A and B compare with it</eval>
-<answer>[[A]]</answer>
-
-For a chat task, write the criteria that matter for this request, with weights that add up to \
-100%, justify them, then hold each reply against them. Write:
-<type>Chat</type>
-<rubric>
-1. first criterion (60%)
-2. second criterion (40%)
-<justify>why these criteria and weights</justify>
-</rubric>
-<eval>how A and B do on each criterion</eval>
-<answer>[[A]]</answer>
-
-Inside <eval>, support what you say: copy words from a reply as <quote_A>...</quote_A> or \
-<quote_B>...</quote_B>, or put them in your own words as <summary_A>...</summary_A> or \
-<summary_B>...</summary_B>. The last line is the verdict: <answer>[[A]]</answer> or \
-<answer>[[B]]</answer>, and nothing after it."""
-
-_REASONING_TASK = """\
-Below are a conversation and two candidate replies, A and B. Think about what a good reply needs, \
-working out the solution yourself where there is one, and compare the two. Neither their order \
-nor their length is a reason. End with your verdict alone on the last line: <answer>[[A]]</answer> \
-if A is better, <answer>[[B]]</answer> if B is better."""
-
-_COMPACT_TASK = "Judge the two answers."
+_USER: Message = {"role": "user", "content": "{question}"}
+_REPLY: Message = {"role": "assistant", "content": "{r}"}
+_SINGLE = Pair("", "", (_USER,), "{a}", "{b}", "A", "chat")
+_MULTI = replace(_SINGLE, conversation=(_USER, _REPLY, _USER))
 
 
-def _single(question: str, pair: Pair) -> str:
-    return (
-        f"[Question]\n{question}\n[Answer A]\n{pair.answer_a}\n[Answer B]\n{pair.answer_b}\n[End]"
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A template with its switches; `hash` is twelve hex digits of its exact wording and layout."""
+
+    style: str
+    without: tuple[Part, ...]
+    template: Template = field(repr=False, compare=False)
+    hash: str = ""
+
+    def render(self, pair: Pair) -> list[Message]:
+        """The chat messages that ask for a judgment of `pair`; ValueError where the file fails."""
+        try:
+            made = self.template.make_module(
+                {
+                    "conversation": pair.conversation,
+                    "answer_a": pair.answer_a,
+                    "answer_b": pair.answer_b,
+                    "classify": "classification" not in self.without,
+                    "rubric": "rubric" not in self.without,
+                }
+            )
+        except Exception as error:  # a template can fail in any way that Python can
+            raise ValueError(f"prompt {self.style}: {_told(error)}") from None
+        user, system = getattr(made, "user", None), getattr(made, "system", None)
+        if not isinstance(user, str):
+            raise ValueError(
+                f"prompt {self.style} sets no user turn; write {{% set user %}}...{{% endset %}}"
+            )
+        first: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        return [*first, {"role": "user", "content": user}]
+
+
+@cache
+def load_prompt(style: str, without: tuple[Part, ...] = ()) -> Prompt:
+    """A prompt of the package by its name, or one from a file whose name ends in `.jinja`.
+
+    `without` leaves parts of the chain of rubrics out, as the paper's ablations do. Files are run
+    in Jinja's sandbox, and can import those of the package.
+
+    Raises:
+        ValueError: there is no such prompt, the file is no template, shows not all of a pair, or
+            has no part that can be left out.
+    """
+    prompt = _hashed(Prompt(style, without, _template(style)))
+    shown = "\n".join(turn["content"] for turn in prompt.render(_MULTI))
+    for told, times in (("{question}", 2), ("{r}", 1), ("{a}", 1), ("{b}", 1)):
+        if shown.count(told) < times:
+            name = {"{a}": "answer_a", "{b}": "answer_b"}.get(told, "every turn of conversation")
+            raise ValueError(f"prompt {style} does not show {name}; a judge has to see all of it")
+    for part in without:
+        rest = tuple(other for other in without if other != part)
+        if _hashed(replace(prompt, without=rest)).hash == prompt.hash:
+            raise ValueError(f"prompt {style} has no {part} that can be left out")
+    return prompt
+
+
+def _checked_style(style: str) -> str:
+    load_prompt(style)
+    return style
+
+
+# A setting that names a prompt.
+PromptStyle = Annotated[str, AfterValidator(_checked_style)]
+
+
+def _template(style: str) -> Template:
+    # Values may not be changed either: one prompt must not depend on those before it.
+    environment = ImmutableSandboxedEnvironment(
+        loader=FileSystemLoader(_SHIPPED),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    if style in SHIPPED_PROMPTS:
+        return environment.get_template(f"{style}.jinja")
+    if not style.endswith(".jinja"):
+        raise ValueError(
+            f"prompt style must be one of {', '.join(SHIPPED_PROMPTS)} or a .jinja file, got"
+            f" {style!r}"
+        )
+    try:
+        return environment.from_string(Path(style).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{style}: cannot be read ({error.strerror}); give a template") from None
+    except (TemplateError, UnicodeDecodeError) as error:
+        raise ValueError(f"{style}: no template ({_told(error)})") from None
 
 
-def _conversation(pair: Pair, answer: str, name: str) -> str:
-    """A whole conversation that ends in one of the answers. Speakers are named alike in both."""
-    names = {"system": "System", "user": "User", "assistant": "Assistant"}
-    turns = [f"{names[turn['role']]}: {turn['content']}" for turn in pair.conversation]
-    return "\n".join([f"[Conversation {name}]", *turns, f"Assistant: {answer}"])
+def _told(error: Exception) -> str:
+    line = f" in line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
+    return f"{error or type(error).__name__}{line}"
 
 
-def task_text(pair: Pair) -> str:
-    """What is to be judged: question and two answers, or two whole conversations."""
-    if len(pair.conversation) == 1:
-        return _single(pair.conversation[0]["content"], pair)
-    return (
-        _conversation(pair, pair.answer_a, "A")
-        + "\n"
-        + _conversation(pair, pair.answer_b, "B")
-        + "\n[End]"
-    )
-
-
-def render(pair: Pair, style: Style) -> list[Message]:
-    """The chat messages that ask for a judgment of `pair`."""
-    if style == "rubric":
-        return [
-            {"role": "system", "content": _RUBRIC_SYSTEM},
-            {"role": "user", "content": task_text(pair)},
-        ]
-    if style == "reasoning":
-        return [{"role": "user", "content": f"{_REASONING_TASK}\n\n{task_text(pair)}"}]
-    if style == "compact":
-        return [{"role": "user", "content": f"{_COMPACT_TASK}\n{task_text(pair)}"}]
-    raise ValueError(f"prompt style must be one of {', '.join(get_args(Style))}, got {style!r}")
+def _hashed(prompt: Prompt) -> Prompt:
+    text = repr([prompt.render(_SINGLE), prompt.render(_MULTI)])
+    return replace(prompt, hash=hashlib.sha256(text.encode()).hexdigest()[:12])
 
 
 def encode(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
@@ -152,13 +194,3 @@ def _hide(message: Message, spelt: Sequence[str], mark: str) -> Message:
         message["content"],
     )
     return {"role": message["role"], "content": content}
-
-
-def prompt_hash(style: Style) -> str:
-    """Twelve hex digits that identify the exact wording and layout of a style."""
-    probe: Message = {"role": "user", "content": "{question}"}
-    single = Pair("", "", (probe,), "{a}", "{b}", "A", "chat")
-    multi = Pair("", "", (probe, {"role": "assistant", "content": "{r}"}, probe), "{a}", "{b}", "A",
-                 "chat")  # fmt: skip
-    text = repr([render(single, style), render(multi, style)])
-    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -33,7 +33,7 @@ from rmr1.engine.weights import load_model
 from rmr1.group_sampling import Task
 from rmr1.grpo import Grpo
 from rmr1.models import load_tokenizer, resolve_model
-from rmr1.prompts import encode, render
+from rmr1.prompts import encode
 from rmr1.rewards import correctness, overlong
 from rmr1.run import (
     Run,
@@ -152,6 +152,7 @@ class _Stage:
                 self.trainer.model.config,
                 done.batch.groups,
                 update_seconds=done.seconds["update"],
+                drawn_tokens=sum(map(len, done.drawn.samples.token_ids)),
                 rollout_seconds=done.seconds["rollout"],
                 peak=self.peak_flops,
             ),
@@ -178,7 +179,7 @@ class _Stage:
 def _fitting_prompts(config: RlvrConfig, tokenizer: Any) -> tuple[list[Task], int]:
     """Pairs with their prompts, longer ones dropped; how many were dropped."""
     pairs = training_pairs(config)
-    tasks = [Task(encode(tokenizer, render(pair, config.prompt_style)), pair) for pair in pairs]
+    tasks = [Task(encode(tokenizer, config.prompt.render(pair)), pair) for pair in pairs]
     kept = [task for task in tasks if len(task.token_ids) <= config.max_prompt_tokens]
     if not kept:
         raise ValueError(

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 from rmr1.data import read_rows
 from rmr1.engine.generator import SamplingParams
 from rmr1.judge import Generates, Judgment, Progress, judge_pairs
-from rmr1.prompts import Style, prompt_hash
+from rmr1.prompts import Prompt
 from rmr1.rm_bench_items import Cell, Key, load_items, plan
 from rmr1.score import Report, score_file, score_rows
 
@@ -180,7 +180,7 @@ def run_rm_bench(
     data: str | Path,
     output: str | Path,
     model: str,
-    style: Style,
+    prompt: Prompt,
     seed: int = 0,
     limit: int | None = None,
     both_orders: bool = False,
@@ -191,7 +191,7 @@ def run_rm_bench(
 ) -> RmBenchRun:
     """Judge RM-Bench and append each judgment to `output`; rows that are there are not made again.
 
-    `model` names the judge (see `model_id`); with it `style`, `seed` (of the placement) and the
+    `model` names the judge (see `model_id`); with it `prompt`, `seed` (of the placement) and the
     token limits must be those of the rows that the file already holds. `progress` counts
     judgments, those found in the file included.
     """
@@ -202,7 +202,7 @@ def run_rm_bench(
     settings = {
         "benchmark": "rm-bench",
         "model": model,
-        "prompt_hash": prompt_hash(style),
+        "prompt_hash": prompt.hash,
         "seed": seed,
         "max_new_tokens": max_new_tokens,
         "max_prompt_tokens": max_prompt_tokens,
@@ -215,7 +215,7 @@ def run_rm_bench(
         judge_pairs,
         generator,
         tokenizer,
-        style=style,
+        prompt=prompt,
         sampling=SamplingParams(n=1, temperature=0.0, max_new_tokens=max_new_tokens),
         max_prompt_tokens=max_prompt_tokens,
     )

@@ -22,7 +22,7 @@ from rmr1.demo import STAGES, _set_finished_aside, run_demo
 from rmr1.demo_config import DemoConfig
 from rmr1.engine.weights import load_model
 from rmr1.models import load_tokenizer
-from rmr1.prompts import encode, render
+from rmr1.prompts import encode, load_prompt
 from rmr1.report import write_report
 from rmr1.tasks.catalog import draw_pairs
 from rmr1.terminal import Phase
@@ -299,7 +299,7 @@ def test_long_prompts_are_told(
     tokenizer = load_tokenizer(model)
 
     def lengths(pairs: list[Pair]) -> list[int]:
-        return sorted(len(encode(tokenizer, render(pair, "compact"))) for pair in pairs)
+        return sorted(len(encode(tokenizer, load_prompt("compact").render(pair))) for pair in pairs)
 
     heldout = lengths(draw_pairs(6, seed=0, split="heldout"))
     limit = heldout[-2]

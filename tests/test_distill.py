@@ -24,7 +24,7 @@ from rmr1.engine import trainer as trainer_module
 from rmr1.engine.generator import Generator, SamplingParams
 from rmr1.engine.weights import load_model
 from rmr1.models import load_tokenizer
-from rmr1.prompts import encode, render
+from rmr1.prompts import encode, load_prompt
 from rmr1.terminal import Phase
 
 CLOCKED = ("_time", "_gb", "_per_second", "mfu")  # figures of the clock and the machine
@@ -247,7 +247,7 @@ def test_traces_end_their_turn_and_long_ones_are_counted(sft_config: Make) -> No
     assert dropped == 1  # the long prompt
     assert len(rows) == 8
     for pair, (prompt, trace) in zip(pairs, rows, strict=False):
-        assert prompt == encode(tokenizer, render(pair, "compact"))
+        assert prompt == encode(tokenizer, load_prompt("compact").render(pair))
         assert trace[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(trace[:-1]) == pair.trace.replace(" ", "")
     longest = max(len(prompt) + len(trace) for prompt, trace in rows)
@@ -341,7 +341,7 @@ def test_it_learns_the_traces(sft_config: Make) -> None:
     # The saved model writes the format: after "=" and a sum come more work or a verdict.
     tokenizer = load_tokenizer(final)
     pair: Pair = read_pairs(config.data.path)[0]
-    prompt = encode(tokenizer, render(pair, "compact"))
+    prompt = encode(tokenizer, load_prompt("compact").render(pair))
     with torch.no_grad():
         params = SamplingParams(temperature=0, max_new_tokens=20)
         text = Generator(load_model(final), tokenizer).generate([prompt], params)[0][0].text

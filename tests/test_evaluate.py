@@ -12,7 +12,7 @@ from rmr1.data import Pair
 from rmr1.engine.generator import Rollout, SamplingParams
 from rmr1.evaluate import Evaluation, compare, evaluate_pairs, summarise
 from rmr1.judge import Judgment
-from rmr1.prompts import prompt_hash
+from rmr1.prompts import load_prompt
 from rmr1.statistics import wilson
 
 GREEDY = SamplingParams(n=1, temperature=0.0, max_new_tokens=16, seed=7)
@@ -155,7 +155,7 @@ def test_evaluate_pairs_judges_both_placements() -> None:
         GoesByLength(),
         FakeTokenizer(),
         pairs,
-        style="compact",
+        prompt=load_prompt("compact"),
         sampling=GREEDY,
         progress=lambda done, total: told.append((done, total)),
     )
@@ -164,14 +164,18 @@ def test_evaluate_pairs_judges_both_placements() -> None:
     assert found.figures.accuracy_parsed == pytest.approx(2 / 4)
     assert found.swap_consistency == 1.0
     assert found.position_bias == 0.5
-    assert (found.prompt_hash, found.seed) == (prompt_hash("compact"), 7)
+    assert (found.prompt_hash, found.seed) == (load_prompt("compact").hash, 7)
     assert told == [(0, 6), (6, 6)]
 
 
 def test_bad_calls() -> None:
     def run(pairs: list[Pair], sampling: SamplingParams = GREEDY) -> Evaluation:
         return evaluate_pairs(
-            GoesByLength(), FakeTokenizer(), pairs, style="compact", sampling=sampling
+            GoesByLength(),
+            FakeTokenizer(),
+            pairs,
+            prompt=load_prompt("compact"),
+            sampling=sampling,
         )
 
     with pytest.raises(ValueError, match="no pairs"):

@@ -102,6 +102,7 @@ def test_throughput_leaves_out_what_is_not_known() -> None:
         CONFIG,
         groups,
         update_seconds=2.0,
+        drawn_tokens=40,
         rollout_seconds=4.0,
         peak=training_flops(CONFIG, groups),
     )

@@ -282,13 +282,13 @@ def test_the_real_smollm2_generates_what_transformers_generates() -> None:
     from transformers import AutoModelForCausalLM
 
     from rmr1.engine.generator import Generator, SamplingParams
-    from rmr1.prompts import encode, render
+    from rmr1.prompts import encode, load_prompt
     from rmr1.tasks.catalog import draw_pairs
 
     directory = import_smollm2(default_cache())
     tokenizer = AutoTokenizer.from_pretrained(directory)
     pairs = draw_pairs(20, seed=0, split="heldout")
-    prompts = [encode(tokenizer, render(pair, "compact")) for pair in pairs]
+    prompts = [encode(tokenizer, load_prompt("compact").render(pair)) for pair in pairs]
     params = SamplingParams(temperature=0, max_new_tokens=48)
     outputs = Generator(load_model(directory), tokenizer).generate(prompts, params)
     theirs = AutoModelForCausalLM.from_pretrained(directory)
@@ -307,13 +307,13 @@ def test_the_real_smollm2s_rollouts_have_the_trainers_logprobs(options: dict[str
     """Shared prompts, pieces of prompts, preemption: what the trainer scores is what was drawn."""
     from rmr1.engine.generator import Generator, SamplingParams
     from rmr1.logprobs import sequence_logprobs
-    from rmr1.prompts import encode, render
+    from rmr1.prompts import encode, load_prompt
     from rmr1.tasks.catalog import draw_pairs
 
     directory = import_smollm2(default_cache())
     tokenizer, model = AutoTokenizer.from_pretrained(directory), load_model(directory)
     pairs = draw_pairs(5, seed=1, split="heldout")
-    prompts = [encode(tokenizer, render(pair, "rubric")) for pair in pairs]
+    prompts = [encode(tokenizer, load_prompt("rubric").render(pair)) for pair in pairs]
     params = SamplingParams(n=4, max_new_tokens=64, top_p=0.95, seed=3)
     generator = Generator(model, tokenizer, **options)
     outputs = generator.generate(prompts, params)

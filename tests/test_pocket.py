@@ -15,7 +15,7 @@ from rmr1 import pocket
 from rmr1.engine.generator import SamplingParams
 from rmr1.evaluate import Evaluation, evaluate_pairs
 from rmr1.models import POCKET, load_tokenizer
-from rmr1.prompts import encode, render
+from rmr1.prompts import encode, load_prompt
 from rmr1.tasks.catalog import FAMILIES, draw_pairs
 from rmr1.tasks.family import split_of
 from rmr1.verdict import parse_verdicts
@@ -113,7 +113,7 @@ def test_any_text_comes_back(tokenizer: Any, text: str) -> None:
 
 def test_tasks_come_back_and_fit_the_model(tokenizer: Any) -> None:
     for pair in draw_pairs(3 * len(FAMILIES), seed=0, split="heldout"):
-        (message,) = render(pair, "compact")
+        (message,) = load_prompt("compact").render(pair)
         prompt = encode(tokenizer, [message])
         assert tokenizer.decode(prompt) == f"<|user|>{message['content']}<|end|><|assistant|>"
         trace = tokenizer(pair.trace, add_special_tokens=False)["input_ids"]
@@ -139,7 +139,7 @@ def sampled_judgments(directory: Path) -> Evaluation:
         Generator(load_model(directory), tokenizer),
         tokenizer,
         draw_pairs(102, seed=0, split="heldout"),
-        style="compact",
+        prompt=load_prompt("compact"),
         sampling=SamplingParams(temperature=1.0, max_new_tokens=192, seed=0),
         max_prompt_tokens=768,
     )
@@ -178,7 +178,7 @@ def test_transformers_reads_the_shipped_directory_alike() -> None:
     from rmr1.engine.weights import load_model
 
     pair = draw_pairs(1, seed=0, split="heldout")[0]
-    text = render(pair, "compact")[-1]["content"] + (pair.trace or "")
+    text = load_prompt("compact").render(pair)[-1]["content"] + (pair.trace or "")
     ids = load_tokenizer(POCKET)(text)["input_ids"]
     assert AutoTokenizer.from_pretrained(POCKET)(text)["input_ids"] == ids
     assert load_tokenizer(POCKET).decode(ids) == text

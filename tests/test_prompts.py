@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
-from typing import get_args
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -11,10 +12,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+import rmr1
 from rmr1.data import Message, Pair
-from rmr1.prompts import Style, encode, prompt_hash, render, task_text
+from rmr1.prompts import SHIPPED_PROMPTS, encode, load_prompt
 
-STYLES: tuple[Style, ...] = get_args(Style)
 ASKED: Message = {"role": "user", "content": "Which river is longest?"}
 MULTI: tuple[Message, ...] = (
     {"role": "system", "content": "Be brief."},
@@ -23,7 +24,7 @@ MULTI: tuple[Message, ...] = (
     {"role": "user", "content": "In Africa."},
 )
 SINGLE = Pair("p", "mine", (ASKED,), "The Nile.", "The Seine, of course.", "A", "chat")
-every_style = pytest.mark.parametrize("style", STYLES)
+every_style = pytest.mark.parametrize("style", SHIPPED_PROMPTS)
 ANSWERS = st.text(max_size=30)
 
 
@@ -31,31 +32,31 @@ ANSWERS = st.text(max_size=30)
 @settings(max_examples=30, deadline=None)
 @given(first=ANSWERS, second=ANSWERS, many=st.booleans())
 def test_swapping_a_pair_only_exchanges_its_answers(
-    style: Style, first: str, second: str, many: bool
+    style: str, first: str, second: str, many: bool
 ) -> None:
     conversation = MULTI if many else (ASKED,)
     pair = replace(SINGLE, conversation=conversation, answer_a=first, answer_b=second)
     exchanged = replace(pair, answer_a=second, answer_b=first)
-    assert render(pair.swapped(), style) == render(exchanged, style)
+    assert load_prompt(style).render(pair.swapped()) == load_prompt(style).render(exchanged)
 
 
 @every_style
 @pytest.mark.parametrize("conversation", [(ASKED,), MULTI], ids=["single", "multi"])
 def test_both_answers_stand_once_and_in_order(
-    style: Style, conversation: tuple[Message, ...]
+    style: str, conversation: tuple[Message, ...]
 ) -> None:
     pair = replace(SINGLE, conversation=conversation)
-    text = "\n".join(turn["content"] for turn in render(pair, style))
+    text = "\n".join(turn["content"] for turn in load_prompt(style).render(pair))
     assert text.count(pair.answer_a) == text.count(pair.answer_b) == 1
     assert text.index(pair.answer_a) < text.index(pair.answer_b)
     # Exchanging the words alone gives the swapped prompt: nothing else depends on the placement.
-    other = "\n".join(turn["content"] for turn in render(pair.swapped(), style))
+    other = "\n".join(turn["content"] for turn in load_prompt(style).render(pair.swapped()))
     mark = text.replace(pair.answer_a, "@").replace(pair.answer_b, pair.answer_a)
     assert mark.replace("@", pair.answer_b) == other
 
 
 @every_style
-def test_only_conversation_and_answers_are_shown(style: Style) -> None:
+def test_only_conversation_and_answers_are_shown(style: str) -> None:
     other = replace(
         SINGLE,
         id="q",
@@ -64,30 +65,35 @@ def test_only_conversation_and_answers_are_shown(style: Style) -> None:
         kind="reasoning",
         trace="<answer>[[B]]</answer>",
     )
-    assert render(other, style) == render(SINGLE, style)
-    assert render(replace(SINGLE, answer_a="The Nile!"), style) != render(SINGLE, style)
+    assert load_prompt(style).render(other) == load_prompt(style).render(SINGLE)
+    assert load_prompt(style).render(replace(SINGLE, answer_a="The Nile!")) != load_prompt(
+        style
+    ).render(SINGLE)
 
 
 def test_a_single_question_and_a_conversation() -> None:
-    assert task_text(SINGLE) == (
+    assert load_prompt("rubric").render(SINGLE)[-1]["content"] == (
         "[Question]\nWhich river is longest?\n[Answer A]\nThe Nile.\n"
         "[Answer B]\nThe Seine, of course.\n[End]"
     )
     turns = "System: Be brief.\nUser: Which river is longest?\nAssistant: Where?\nUser: In Africa."
-    assert task_text(replace(SINGLE, conversation=MULTI)) == (
+    assert load_prompt("rubric").render(replace(SINGLE, conversation=MULTI))[-1]["content"] == (
         f"[Conversation A]\n{turns}\nAssistant: The Nile.\n"
         f"[Conversation B]\n{turns}\nAssistant: The Seine, of course.\n[End]"
     )
 
 
 def test_roles_of_the_styles() -> None:
-    roles = {style: [turn["role"] for turn in render(SINGLE, style)] for style in STYLES}
+    roles = {
+        style: [turn["role"] for turn in load_prompt(style).render(SINGLE)]
+        for style in SHIPPED_PROMPTS
+    }
     assert roles == {"rubric": ["system", "user"], "reasoning": ["user"], "compact": ["user"]}
 
 
 @pytest.mark.parametrize("style", ["rubric", "reasoning"])
-def test_the_instructions_favour_no_side(style: Style) -> None:
-    text = "\n".join(turn["content"] for turn in render(SINGLE, style))
+def test_the_instructions_favour_no_side(style: str) -> None:
+    text = "\n".join(turn["content"] for turn in load_prompt(style).render(SINGLE))
     if style == "reasoning":
         assert text.count("[[A]]") == text.count("[[B]]") == 1
     else:  # both examples and both ways to end
@@ -96,21 +102,103 @@ def test_the_instructions_favour_no_side(style: Style) -> None:
         assert (f"<{tag}>" in text) == (style == "rubric"), tag
 
 
-def test_an_unknown_style_is_refused() -> None:
-    with pytest.raises(ValueError, match="one of rubric, reasoning, compact, got 'short'"):
-        render(SINGLE, "short")  # type: ignore[arg-type]
+def test_parts_of_the_chain_of_rubrics_are_left_out() -> None:
+    """The paper's ablations: without rubrics, without classification, without both."""
+    whole = load_prompt("rubric").render(SINGLE)
+    hashes = {load_prompt("rubric").hash}
+    for without in (("rubric",), ("classification",), ("rubric", "classification")):
+        prompt = load_prompt("rubric", without)
+        system, task = prompt.render(SINGLE)
+        assert task == whole[1]
+        assert ("<rubric>" in system["content"]) == ("rubric" not in without)
+        assert ("<type>" in system["content"]) == ("classification" not in without)
+        assert "<eval>" in system["content"]
+        assert "\n\n\n" not in system["content"]
+        assert "<answer>[[A]]</answer> or <answer>[[B]]</answer>" in system["content"]
+        hashes.add(prompt.hash)
+    assert len(hashes) == 4
+    for style in ("reasoning", "compact"):
+        with pytest.raises(ValueError, match=f"prompt {style} has no rubric that can be left out"):
+            load_prompt(style, ("rubric",))
 
 
-def test_prompt_hashes_identify_the_wording(monkeypatch: pytest.MonkeyPatch) -> None:
-    hashes = {style: prompt_hash(style) for style in STYLES}
+def test_a_template_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jinja"
+    path.write_text(
+        '{% from "task.jinja" import task %}\n'
+        "{% set system %}{{ 'Criteria first.' if rubric else 'Decide.' }}{% endset %}\n"
+        "{% set user %}{{ task(conversation, answer_a, answer_b) }}{% endset %}\n"
+    )
+    system, user = load_prompt(str(path)).render(SINGLE)
+    assert system == {"role": "system", "content": "Criteria first."}
+    assert user == load_prompt("rubric").render(SINGLE)[-1]
+    assert load_prompt(str(path), ("rubric",)).render(SINGLE)[0]["content"] == "Decide."
+
+
+def test_a_text_with_braces_is_no_template() -> None:
+    pair = replace(SINGLE, answer_a="{{ answer_b }}{% raw %}", answer_b="<b>&amp;\n\n ")
+    (user,) = load_prompt("compact").render(pair)
+    assert (
+        "[Answer A]\n{{ answer_b }}{% raw %}\n[Answer B]\n<b>&amp;\n\n \n[End]" in user["content"]
+    )
+
+
+SHOWS_ALL = "{{ conversation }}{{ answer_a }}{{ answer_b }}"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{% set user %}{{ answer_a }", "no template (unexpected '}' in line 1)"),
+        ("{% set user %}\n{{ 1 +* }}{% endset %}", "in line 2"),
+        ("Judge.", "sets no user turn"),
+        ("{% set user %}{{ conversation }}{{ answer_a }}{% endset %}", "does not show answer_b"),
+        ("{% set user %}{{ answer_a }}{{ answer_b }}{% endset %}", "every turn of conversation"),
+        (
+            "{% set user %}{{ conversation[0] }}{{ answer_a }}{{ answer_b }}{% endset %}",
+            "every turn of conversation",
+        ),
+        ("{% set user %}{{ label }}" + SHOWS_ALL + "{% endset %}", "'label' is undefined"),
+        ("{% set user %}{{ ''.__class__.__mro__ }}{% endset %}", "unsafe"),
+        ("{% set user %}{{ conversation[0].clear() }}{% endset %}", "unsafe"),
+        ("{% set user %}{{ cycler.__init__.__globals__ }}{% endset %}", "unsafe"),
+        ("{% include '/etc/passwd' %}", "/etc/passwd"),
+        ("{% include '../data.py' %}", "../data.py"),
+        ("{% set user %}{{ 1 / 0 }}{% endset %}", "division by zero"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
+    ],
+)
+def test_a_template_that_does_not_serve_is_refused(tmp_path: Path, text: str, reason: str) -> None:
+    path = tmp_path / "bad.jinja"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(reason)) as told:
+        load_prompt(str(path))
+    assert str(path) in str(told.value)
+
+
+def test_an_unknown_style_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"rubric, reasoning, compact or a \.jinja file, got 'short'"
+    ):
+        load_prompt("short")
+    with pytest.raises(ValueError, match=r"none\.jinja: cannot be read"):
+        load_prompt(str(tmp_path / "none.jinja"))
+    (tmp_path / "bytes.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"bytes\.jinja: no template"):
+        load_prompt(str(tmp_path / "bytes.jinja"))
+
+
+def test_prompt_hashes_identify_the_wording(tmp_path: Path) -> None:
+    hashes = {style: load_prompt(style).hash for style in SHIPPED_PROMPTS}
     assert all(len(digits) == 12 and int(digits, 16) >= 0 for digits in hashes.values())
-    assert len(set(hashes.values())) == len(STYLES)
-    assert hashes == {style: prompt_hash(style) for style in STYLES}
+    assert len(set(hashes.values())) == len(SHIPPED_PROMPTS)
     # The pocket model was taught this wording; a change wants a new one.
     assert hashes["compact"] == "ad5b17fff1af"
-    monkeypatch.setattr("rmr1.prompts._RUBRIC_SYSTEM", "Judge.")
-    assert prompt_hash("rubric") != hashes["rubric"]
-    assert prompt_hash("compact") == hashes["compact"]
+    shipped = Path(rmr1.__file__).parent / "prompt_templates" / "rubric.jinja"
+    for name, change in (("same", ""), ("other", "!")):
+        path = tmp_path / f"{name}.jinja"
+        path.write_text(shipped.read_text().replace("careful judge.", f"careful judge.{change}"))
+        assert (load_prompt(str(path)).hash == hashes["rubric"]) == (name == "same")
 
 
 TEMPLATE = (
@@ -136,10 +224,10 @@ def tokenizer(template: str = TEMPLATE) -> PreTrainedTokenizerFast:
 
 
 @every_style
-def test_encoding_adds_one_bos_and_asks_for_an_answer(style: Style) -> None:
+def test_encoding_adds_one_bos_and_asks_for_an_answer(style: str) -> None:
     words = tokenizer()
     assert words("x")["input_ids"][0] == words.bos_token_id  # it does add one by itself
-    messages = render(SINGLE, style)
+    messages = load_prompt(style).render(SINGLE)
     ids = encode(words, messages)
     assert isinstance(ids, list)
     tokens = words.convert_ids_to_tokens(ids)
@@ -176,5 +264,5 @@ def test_a_template_that_refuses_is_a_sentence() -> None:
         "{{ messages[0]['content'] }}"
     )
     with pytest.raises(ValueError, match=r"refuses the prompt \(no system role\).*`reasoning`"):
-        encode(strict, render(SINGLE, "rubric"))
-    assert encode(strict, render(SINGLE, "compact"))
+        encode(strict, load_prompt("rubric").render(SINGLE))
+    assert encode(strict, load_prompt("compact").render(SINGLE))

@@ -20,7 +20,7 @@ from rmr1.engine.weights import load_model
 from rmr1.group_sampling import Samples
 from rmr1.grpo import _reward_figures
 from rmr1.models import load_tokenizer
-from rmr1.prompts import encode, render
+from rmr1.prompts import encode, load_prompt
 from rmr1.rewards import correctness
 from rmr1.rlvr import rlvr
 from rmr1.terminal import Phase
@@ -155,7 +155,9 @@ def test_one_step_taken_apart(rlvr_config: Make, updates: list[Batch]) -> None:
     rlvr(config)
     tokenizer = load_tokenizer(Path(config.model))
     pairs = read_pairs(config.data.path)
-    by_prompt = {tuple(encode(tokenizer, render(pair, "compact"))): pair for pair in pairs}
+    by_prompt = {
+        tuple(encode(tokenizer, load_prompt("compact").render(pair))): pair for pair in pairs
+    }
     assert len(by_prompt) == 9
     assert [len(batch.response_lengths) for batch in updates] == [6, 6, 6, 6]
     nonzero = 0

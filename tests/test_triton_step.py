@@ -43,7 +43,7 @@ from rmr1.kernels import dispatch, paged_attention_kernels
 from rmr1.kernels.dispatch import interpreted, use
 from rmr1.kernels.rmsnorm import rmsnorm
 from rmr1.models import load_tokenizer
-from rmr1.prompts import encode, render
+from rmr1.prompts import encode, load_prompt
 from rmr1.verdict import parse_verdicts
 
 pytestmark = pytest.mark.skipif(
@@ -345,7 +345,7 @@ def test_two_steps_with_prompts_of_more_than_a_block(
     """The second step samples from what the first has learned; updates are cut further."""
     monkeypatch.setattr(paged_attention_kernels, "SHARE", tl.constexpr(16))
     tokenizer, pairs = load_tokenizer(tiny_model), read_pairs(tiny_pairs)[:2]
-    prompts = [encode(tokenizer, render(pair, "compact")) for pair in pairs]
+    prompts = [encode(tokenizer, load_prompt("compact").render(pair)) for pair in pairs]
     task = Judging(model, tokenizer, prompts, [pair.label for pair in pairs])
     settings = {"minibatches": 2, "old_logprobs": "recompute", **config}
     rollout = {"samples": 3, "max_new_tokens": 8, "temperature": 0.9, "top_p": 0.95}

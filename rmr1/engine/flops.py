@@ -87,6 +87,7 @@ def throughput(
     groups: Sequence[Group],
     *,
     update_seconds: float,
+    drawn_tokens: int | None = None,
     rollout_seconds: float | None = None,
     peak: float | None = None,
 ) -> dict[str, float]:
@@ -96,18 +97,18 @@ def throughput(
         config: the model that was trained.
         groups: of the whole step's batch, over all ranks.
         update_seconds: of forward, backward and optimiser.
-        rollout_seconds: of drawing the responses; None: they were not drawn.
+        drawn_tokens: sampled in the step over all ranks, those of groups that the batch leaves out
+            too; None: nothing was sampled.
+        rollout_seconds: in which they were sampled.
         peak: FLOP/s of all devices together (`peak_flops` times the ranks), or None.
 
     Returns:
-        `train_tokens_per_second` (prompts counted once), `rollout_tokens_per_second` (drawn
-        tokens), and `mfu`, the update's share of the peak, between 0 and 1. A figure whose input is
+        `train_tokens_per_second` (prompts counted once), `rollout_tokens_per_second`, and `mfu`, the update's share of the peak, between 0 and 1. A figure whose input is
         None is left out.
     """
     figures = {"train_tokens_per_second": sum(group.tokens for group in groups) / update_seconds}
-    if rollout_seconds is not None:
-        drawn = sum(sum(group.responses) for group in groups)
-        figures["rollout_tokens_per_second"] = drawn / rollout_seconds
+    if drawn_tokens is not None and rollout_seconds is not None:
+        figures["rollout_tokens_per_second"] = drawn_tokens / rollout_seconds
     if peak is not None:
         figures["mfu"] = training_flops(config, groups) / update_seconds / peak
     return figures
