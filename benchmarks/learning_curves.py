@@ -72,7 +72,11 @@ def run_of(base: DemoConfig, variant: str, seed: int, rate: float | None) -> Dem
     """The run of one objective and seed; a rate of its own stands in its name."""
     change = {
         "learning_rate": rate or DEMO.learning_rate,
-        "grpo": GrpoConfig(variant=variant, minibatches=DEMO.grpo.minibatches),
+        "grpo": GrpoConfig(
+            variant=variant,
+            minibatches=DEMO.grpo.minibatches,
+            overlong_buffer=base.rl.rollout.max_new_tokens // 5 if variant == "dapo" else 0,
+        ),
     }
     name = f"{variant}-{seed}" + (f"-lr{rate:g}" if rate else "")
     return base.model_copy(

@@ -140,7 +140,7 @@ def rmr1(job: Job) -> dict[str, Any]:
     tasks = iter([Task(one["token_ids"], None) for one in prompts])
 
     def reward(_: Any, rollouts: Any) -> Any:
-        return torch.tensor([1.0 if i % 2 else -1.0 for i in range(len(rollouts))])
+        return {"right": torch.tensor([1.0 if i % 2 else -1.0 for i in range(len(rollouts))])}
 
     reset_peak()
     began = time.perf_counter()

@@ -67,7 +67,7 @@ class Alarms:
             return None
         return (
             f"generator and trainer differ by {mismatch:.3g} nats a token (at first {usual:.2g});"
-            ' set grpo.correction = "truncate", or grpo.old_logprobs = "recompute"'
+            ' set grpo.old_logprobs = "recompute" and grpo.correction = "truncate"'
         )
 
 

@@ -211,7 +211,8 @@ def _with_defaults(kind: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any
     """`tree` with every section that it gives in part filled up from the default of `kind`.
 
     Without this a stage whose default is RolloutConfig(samples=8) would fall back to the class's
-    own 7 as soon as another key of the section is set.
+    own 7 as soon as another key of the section is set. What that default leaves open stays open:
+    `grpo.variant` decides it.
     """
     filled = dict(tree)
     for name, value in tree.items():
@@ -220,10 +221,22 @@ def _with_defaults(kind: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any
             continue
         default = kind.model_fields[name].default
         if isinstance(default, BaseModel):
-            filled[name] = _laid_over(default.model_dump(), value)
+            filled[name] = _laid_over(_given(default), value)
         else:
             filled[name] = _with_defaults(section, value)
     return filled
+
+
+def _given(section: BaseModel) -> dict[str, Any]:
+    """The values that were given to a section and those inside it; not the defaults of its class."""
+    tree: dict[str, Any] = {}
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            tree[name] = _given(value)
+        elif name in section.model_fields_set:
+            tree[name] = value
+    return tree
 
 
 def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

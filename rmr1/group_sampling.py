@@ -1,8 +1,8 @@
 """The first half of a GRPO step: sample a group of responses to each prompt, and reward them.
 
 Each rank samples and rewards its run of the prompts; afterwards all ranks know all samples. With
-dynamic sampling (DAPO, arXiv 2503.14476, section 3.2) groups whose rewards are all equal, which
-teach nothing, give way to those of new prompts.
+dynamic sampling (DAPO, arXiv 2503.14476, section 3.2) groups whose samples are all as right as one
+another, which teach nothing, give way to those of new prompts.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ class Task:
     about: Any
 
 
-# Rewards [N] of N rollouts, each with the task that it is an answer to.
-Reward = Callable[[Sequence[Task], Sequence[Rollout]], Tensor]
+# Of N rollouts, each with the task that it is an answer to: the parts of their rewards by name, [N]
+# each. They are summed. The first says how right a sample is: groups that differ only in the others
+# (a length) do not count as ones that teach. The names are always the same, with N = 0 too.
+Reward = Callable[[Sequence[Task], Sequence[Rollout]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,7 @@ class Samples:
     prompts: list[list[int]]  # P
     token_ids: list[list[int]]  # N
     logprobs: list[list[float]]  # N, as the generator drew them
-    rewards: Tensor  # [N] fp32
+    parts: dict[str, Tensor]  # of the rewards, [N] fp32 each
     cut: Tensor  # [N] bool, ended by the cap of their length
 
     @property
@@ -50,10 +52,19 @@ class Samples:
         return torch.arange(prompts).repeat_interleave(len(self.token_ids) // prompts)
 
     @property
+    def rewards(self) -> Tensor:
+        """The sum of the parts, [N] fp32."""
+        return torch.stack(list(self.parts.values())).sum(dim=0)
+
+    @property
     def teaching(self) -> Tensor:
-        """Whether the rewards of a group differ, [P] bool."""
-        rewards = self.rewards.view(len(self.prompts), -1)
-        return (rewards != rewards[:, :1]).any(dim=1)
+        """Whether some samples of a group are more right than others, [P] bool."""
+        return _differ(next(iter(self.parts.values())), len(self.prompts))
+
+    @property
+    def rewarded_alike(self) -> Tensor:
+        """Whether all samples of a group have the same reward, [P] bool."""
+        return ~_differ(self.rewards, len(self.prompts))
 
     def only(self, prompts: Sequence[int]) -> Samples:
         """Some of the groups."""
@@ -63,7 +74,7 @@ class Samples:
             [self.prompts[prompt] for prompt in prompts],
             [self.token_ids[row] for row in rows],
             [self.logprobs[row] for row in rows],
-            self.rewards[rows],
+            {name: part[rows] for name, part in self.parts.items()},
             self.cut[rows],
         )
 
@@ -73,9 +84,14 @@ class Samples:
             self.prompts + more.prompts,
             self.token_ids + more.token_ids,
             self.logprobs + more.logprobs,
-            torch.cat([self.rewards, more.rewards]),
+            {name: torch.cat([part, more.parts[name]]) for name, part in self.parts.items()},
             torch.cat([self.cut, more.cut]),
         )
+
+
+def _differ(values: Tensor, prompts: int) -> Tensor:
+    groups = values.view(prompts, -1)
+    return (groups != groups[:, :1]).any(dim=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +117,7 @@ class GroupSampler:
     def draw(self, tasks: Iterator[Task], reward: Reward, *, seed: int) -> Drawn:
         """Take prompts from `tasks`, the same on every rank, and sample and reward them.
 
-        After all rounds, groups of equal reward fill what is missing.
+        After all rounds, groups that teach nothing fill what is missing.
         """
         samples, own = self._round(list(islice(tasks, self.prompts)), reward, seed, first=0)
         for _ in range(self.rounds):
@@ -129,17 +145,18 @@ class GroupSampler:
             rollouts = list(chain(*self.generator.generate(prompts, sampling)))
         with self.phases("reward"):
             answered = [task for task in mine for _ in range(sampling.n)]
-            rewards = reward(answered, rollouts) if rollouts else torch.empty(0)
-            if rewards.shape != (len(rollouts),):
-                raise ValueError(
-                    f"the reward gave a tensor of shape {list(rewards.shape)} for {len(rollouts)}"
-                    " rollouts; it must give one number for each"
-                )
-        everything = self._exchange([task.token_ids for task in tasks], rollouts, rewards)
+            parts = reward(answered, rollouts)
+            for name, part in parts.items():
+                if part.shape != (len(rollouts),):
+                    raise ValueError(
+                        f"reward {name!r} is a tensor of shape {list(part.shape)} for"
+                        f" {len(rollouts)} rollouts; it must have one number for each"
+                    )
+        everything = self._exchange([task.token_ids for task in tasks], rollouts, parts)
         return everything, list(zip(answered, rollouts, strict=True))
 
     def _exchange(
-        self, prompts: list[list[int]], rollouts: list[Rollout], rewards: Tensor
+        self, prompts: list[list[int]], rollouts: list[Rollout], parts: dict[str, Tensor]
     ) -> Samples:
         """The samples of all ranks."""
         cut = torch.tensor([one.finish_reason == "length" for one in rollouts], dtype=torch.bool)
@@ -154,4 +171,5 @@ class GroupSampler:
             token_ids = [run.tolist() for run in tokens.split(sizes)]
             logprobs = [run.tolist() for run in values.split(sizes)]
             cut = gather(cut.to(torch.int64)).bool()
-        return Samples(prompts, token_ids, logprobs, self.ranks.gather(rewards.float()), cut)
+        found = {name: self.ranks.gather(part.float()) for name, part in parts.items()}
+        return Samples(prompts, token_ids, logprobs, found, cut)

@@ -192,7 +192,8 @@ def _reward_figures(samples: Samples) -> dict[str, float]:
     return {
         "reward": samples.rewards.mean().item(),
         "reward_std": spread.mean().item(),
-        "frac_reward_zero_std": (~samples.teaching).float().mean().item(),
+        "frac_reward_zero_std": samples.rewarded_alike.float().mean().item(),
+        **{f"rewards/{name}/mean": part.mean().item() for name, part in samples.parts.items()},
         "prompts": len(samples.prompts),
     }
 

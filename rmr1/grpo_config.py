@@ -81,6 +81,12 @@ class GrpoConfig(Section):
             raise ValueError("objective cispo weighs single tokens; with it ratio must be token")
         if not self.correction_high > self.correction_low:
             raise ValueError(f"correction_high must be above correction_low, {self.correction_low}")
+        if self.correction != "none" and self.old_logprobs == "rollout":
+            # The ratio is then of policy over generator, and there is nothing left to correct.
+            raise ValueError(
+                f'grpo.correction = "{self.correction}" corrects nothing with grpo.old_logprobs ='
+                ' "rollout"; set old_logprobs = "recompute", or correction = "none"'
+            )
         return self
 
 

@@ -65,6 +65,12 @@ class _Stage:
         self, config: RlvrConfig, run: Run, ranks: Ranks, start: Path, device: torch.device
     ) -> None:
         self.config, self.run, self.ranks, self.steps = config, run, ranks, config.steps
+        if config.rollout.top_p < 1:
+            _log.warning(
+                "rollout.top_p = %s draws from a part of the distribution, while the loss takes"
+                " probabilities of the whole; 1 draws what it is told",
+                config.rollout.top_p,
+            )
         tokenizer = load_tokenizer(start)
         self.prompts, self.dropped = _fitting_prompts(config, tokenizer)
 
@@ -120,13 +126,13 @@ class _Stage:
         began = time.perf_counter()
         verdicts: list[Verdict] = []
 
-        def reward(tasks: Sequence[Task], rollouts: Sequence[Rollout]) -> Tensor:
+        def reward(tasks: Sequence[Task], rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
             found = parse_verdicts([rollout.text for rollout in rollouts])
             verdicts.extend(found)
             lengths = [len(rollout.token_ids) for rollout in rollouts]
             limit, buffer = self.config.rollout.max_new_tokens, self.config.grpo.overlong_buffer
-            right = correctness(found, [task.about for task in tasks])
-            return right + overlong(lengths, limit, buffer)
+            parts = {"correctness": correctness(found, [task.about for task in tasks])}
+            return parts | ({"overlong": overlong(lengths, limit, buffer)} if buffer else {})
 
         # Every step draws afresh, and a resumed step draws what it would have drawn.
         seed = self.config.seed * 1_000_003 + step

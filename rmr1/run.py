@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import signal
 import sys
 import time
@@ -16,7 +17,7 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 from rmr1.config import RunConfig, Section, dotted, to_toml
@@ -24,8 +25,8 @@ from rmr1.data import Pair, read_pairs, write_whole
 from rmr1.engine.checkpoint import (
     Progress,
     list_checkpoints,
-    newest_whole,
     save_checkpoint,
+    set_aside_damaged,
     step_of,
 )
 from rmr1.engine.memory_plan import plan_training
@@ -79,9 +80,10 @@ class Run:
         """Where to go on from; the configuration is written beside it."""
         if list_checkpoints(self.checkpoints):
             refuse_changes(self.directory, self.config)
-        checkpoint, faults = newest_whole(self.checkpoints)
+        faults = set_aside_damaged(self.checkpoints)
+        checkpoint = max(list_checkpoints(self.checkpoints), key=step_of, default=None)
         for fault in faults:
-            _log.warning("%s; going on from %s", fault, checkpoint)
+            _log.warning("%s; it is set aside, going on from %s", fault, checkpoint)
         self.directory.mkdir(parents=True, exist_ok=True)
         write_whole(self.directory / "config.toml", to_toml(self.config))
         return checkpoint
@@ -89,13 +91,21 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.trackers.close()
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.trackers.__exit__(kind, error, trace)
 
     def start(self, progress: Progress) -> None:
         """Cut the logs back to `progress`, so that a resumed run does not write a step twice."""
-        if not self.ranks.first:
-            return
+        if self.ranks.first:
+            self._cut_back(progress)
+        self.ranks.wait()  # the others read these files too
+
+    def _cut_back(self, progress: Progress) -> None:
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.directory / name
             if path.is_file():
@@ -111,11 +121,16 @@ class Run:
     def rows(self) -> list[dict[str, Any]]:
         """What metrics.jsonl holds, of the steps that are done."""
         path = self.directory / "metrics.jsonl"
-        return [json.loads(line) for line in path.open(encoding="utf-8")] if path.is_file() else []
+        if not path.is_file():
+            return []
+        rows = [json.loads(line) for line in path.open(encoding="utf-8")]
+        return [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
 
     def log(self, row: dict[str, Any]) -> None:
         """Append one row to metrics.jsonl, and show it elsewhere."""
-        self._append("metrics.jsonl", row)
+        # JSON has no NaN: what an update that was skipped says of itself is null there.
+        lost = {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
+        self._append("metrics.jsonl", row | lost)
         self.trackers.log(row)
 
     def sample(self, row: dict[str, Any]) -> None:

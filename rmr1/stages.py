@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ from rmr1.engine.trainer import Trainer
 from rmr1.models import resolve_device
 from rmr1.profiling import Profile
 from rmr1.run import Run, StopRequest
+
+_log = logging.getLogger(__name__)
 
 # (steps done by an earlier start, steps in all), once before the first step
 OnStart = Callable[[int, int], None]
@@ -47,6 +50,11 @@ def trained(config: RunConfig) -> Iterator[tuple[Run, Ranks, torch.device]]:
     place = launched()
     device = torch.device(resolve_device(config.device, place))
     with joined(place, device) as ranks, Run(config, ranks) as run:
+        if ranks.size == 1 and config.zero.offload_optimizer:
+            _log.warning(
+                "zero.offload_optimizer does nothing on one process; start two ranks or more, as"
+                " recipes/torchrun.sh does"
+            )
         yield run, ranks, device
 
 

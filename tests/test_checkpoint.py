@@ -29,6 +29,7 @@ from rmr1.engine.checkpoint import (
     read_progress,
     restore_trainer,
     save_checkpoint,
+    set_aside_damaged,
 )
 from rmr1.engine.optim_config import OptimConfig
 from rmr1.engine.packing import pack
@@ -145,7 +146,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     save: Callable[..., Path], name: str, damage: str
 ) -> None:
     first, second = save(1), save(2)
-    assert newest_whole(second.parent) == (second, [])
+    assert newest_whole(second.parent) == (second, {})
     victim = second / name
     content = bytearray(victim.read_bytes())
     if damage == "remove":
@@ -155,8 +156,37 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
         victim.write_bytes(content if damage == "flip" else content[: len(content) // 2])
     found, faults = newest_whole(second.parent)
     assert found == first
-    assert len(faults) == 1
-    assert str(second) in faults[0]
+    assert list(faults) == [second]
+    assert str(second) in faults[second]
+
+
+def test_damaged_checkpoints_take_no_part_in_what_is_kept(
+    trainer: Trainer, tiny_model: Path, tmp_path: Path
+) -> None:
+    def save(step: int, mark: float) -> None:
+        progress = Progress(step, step, step, mark)
+        save_checkpoint(tmp_path, trainer, progress, tokenizer_from=tiny_model, keep=3)
+
+    for step, mark in ((5, 0.9), (10, 0.1), (20, 0.2)):
+        save(step, mark)
+    for step in (5, 20):  # the best and the newest
+        (tmp_path / f"step-{step:06d}" / "model.safetensors").write_bytes(b"")
+    told = set_aside_damaged(tmp_path)
+    assert all(
+        name in fault for name, fault in zip(("step-000020", "step-000005"), told, strict=True)
+    )
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000010"]
+    assert best_checkpoint(tmp_path) == tmp_path / "step-000010"
+    assert sorted(os.listdir(tmp_path)) == [
+        "step-000005.damaged", "step-000010", "step-000020.damaged",
+    ]  # fmt: skip
+
+
+def test_what_was_just_saved_is_kept_beside_later_steps(
+    save: Callable[..., Path], tmp_path: Path
+) -> None:
+    save(20)
+    assert save(15, keep=1).is_dir()
 
 
 def test_without_a_whole_checkpoint_nothing_is_begun_anew(save: Callable[..., Path]) -> None:
@@ -166,7 +196,7 @@ def test_without_a_whole_checkpoint_nothing_is_begun_anew(save: Callable[..., Pa
         ValueError, match=r"no checkpoint is whole: .*model.safetensors is not what"
     ):
         newest_whole(saved.parent)
-    assert newest_whole(saved.parent / "nowhere") == (None, [])
+    assert newest_whole(saved.parent / "nowhere") == (None, {})
 
 
 def test_checkpoints_are_ordered_by_number_and_others_ignored(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from rmr1.config import RlvrConfig, SftConfig, load_config, to_toml
 from rmr1.demo_config import DemoConfig, rlvr_config, sft_config
+from rmr1.grpo_config import GrpoConfig
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
 KINDS = {"sft": SftConfig, "rlvr": RlvrConfig, "demo": DemoConfig}
@@ -234,6 +235,24 @@ def test_a_section_in_part_keeps_the_other_defaults_of_its_stage(
     expected = before.model_dump()
     del expected["rl"]["rollout"]["prompts"], expected["rl"]["grpo"]["beta"]
     assert changed == expected
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+def test_a_variant_fills_what_is_not_given(tmp_path: Path, from_file: bool) -> None:
+    """It once lost to the stage's own defaults, so that every variant was RM-R1's objective."""
+    text = "[grpo]\nvariant = 'gspo'\nclip_low = 0.1\n"
+    config = (
+        load_config(RlvrConfig, toml(tmp_path, text), STAGE)
+        if from_file
+        else load_config(
+            RlvrConfig, None, {**STAGE, "grpo.variant": "gspo", "grpo.clip_low": "0.1"}
+        )
+    )
+    assert config.grpo == GrpoConfig(variant="gspo", clip_low=0.1)
+    assert (config.grpo.ratio, config.grpo.clip_low) == ("sequence", 0.1)
+    demo = load_config(DemoConfig, None, {"rl.grpo.variant": "dapo"})
+    assert demo.rl.grpo.resample_rounds == GrpoConfig(variant="dapo").resample_rounds > 0
+    assert demo.rl.grpo.minibatches == DemoConfig().rl.grpo.minibatches
 
 
 def test_nothing_can_be_changed_afterwards() -> None:

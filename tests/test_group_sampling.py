@@ -46,16 +46,17 @@ def tasks_of(*prompts: int) -> list[Task]:
 def teaches_above(limit: int) -> Any:
     """A reward that tells the samples of a prompt apart if its number is at least `limit`."""
 
-    def reward(tasks: Sequence[Task], rollouts: Sequence[Rollout]) -> Tensor:
+    def reward(tasks: Sequence[Task], rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
         for task, rollout in zip(tasks, rollouts, strict=True):
             assert task.token_ids[0] == rollout.token_ids[0]
             assert task.about == f"about {rollout.token_ids[0]}"
-        return torch.tensor(
-            [
-                float(rollout.token_ids[1]) if task.token_ids[0] >= limit else 1.0
-                for task, rollout in zip(tasks, rollouts, strict=True)
-            ]
-        )
+        right = [
+            float(rollout.token_ids[1]) if task.token_ids[0] >= limit else 1.0
+            for task, rollout in zip(tasks, rollouts, strict=True)
+        ]
+        # Lengths always differ: they do not make a group one that teaches.
+        long = [-0.5 * rollout.token_ids[1] for rollout in rollouts]
+        return {"right": torch.tensor(right), "length": torch.tensor(long)}
 
     return reward
 
@@ -112,7 +113,7 @@ def test_groups_of_equal_reward_give_way() -> None:
     assert numbers(drawn.samples) == [0, 5, 1, 2, 6, 3, 7]
     assert drawn.samples.teaching.tolist() == [False, True, False, False, True, False, True]
     assert numbers(drawn.chosen) == [5, 6, 7]
-    assert drawn.chosen.rewards.tolist() == [0.0, 1.0] * 3
+    assert drawn.chosen.rewards.tolist() == [0.0, 0.5] * 3
     assert left == [8, 9]
     assert [task.token_ids[0] for task, _ in drawn.own[::N]] == [0, 5, 1, 2, 6, 3, 7]
 
@@ -150,15 +151,17 @@ def test_a_stream_that_ends_ends_the_rounds() -> None:
 @pytest.mark.parametrize("shape", [(), (5,), (6, 1), (7,), (3, 2)])
 def test_a_reward_gives_one_number_a_rollout(shape: tuple[int, ...]) -> None:
     made = sampler(Recorder())
-    with pytest.raises(ValueError, match="it must give one number for each") as caught:
-        made.draw(iter(tasks_of(0, 1, 2)), lambda tasks, rollouts: torch.zeros(shape), seed=0)
+    with pytest.raises(ValueError, match="it must have one number for each") as caught:
+        made.draw(
+            iter(tasks_of(0, 1, 2)), lambda tasks, rollouts: {"r": torch.zeros(shape)}, seed=0
+        )
     assert f"shape {list(shape)} for 6 rollouts" in str(caught.value)
 
 
 def test_rewards_are_kept_in_fp32() -> None:
     made = sampler(Recorder(), prompts=1)
     drawn = made.draw(
-        iter(tasks_of(4)), lambda tasks, rollouts: torch.tensor([1, 0]), seed=7
+        iter(tasks_of(4)), lambda tasks, rollouts: {"r": torch.tensor([1, 0])}, seed=7
     )  # as somebody's own reward may count
     assert numbers(drawn.chosen) == [4]
     assert drawn.chosen.rewards.tolist() == [1.0, 0.0]
@@ -171,7 +174,7 @@ def rewarded() -> Samples:
     tokens = [[p, s] for p in range(4) for s in range(N)]
     logprobs = [[-0.5, -s - 1.0] for _ in range(4) for s in range(N)]
     cut = torch.tensor([p % 2 == 1 for p in range(4) for _ in range(N)])
-    return Samples([[p] for p in range(4)], tokens, logprobs, rewards, cut)
+    return Samples([[p] for p in range(4)], tokens, logprobs, {"right": rewards}, cut)
 
 
 def test_samples_by_group(rewarded: Samples) -> None:

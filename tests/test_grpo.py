@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -38,11 +39,15 @@ RESPONSES = [
     *([9, 9], [30, 29, 28, 27, 26, 25], [8, 1]),
 ]
 CAP = 16
+# Of old log-probabilities that are the generator's, there is nothing to correct.
+CORRECTED: Any = {"old_logprobs": "recompute"}
 ALL = {
     **{name: GrpoConfig(variant=name) for name in ADVANTAGES},  # type: ignore[arg-type]
-    "truncate": GrpoConfig(correction="truncate", correction_high=1.01),
-    "mask": GrpoConfig(correction="mask", correction_low=0.9, correction_high=1.1),
-    "mask_sequence": GrpoConfig(correction="mask_sequence", correction_low=0.9, correction_high=1),
+    "truncate": GrpoConfig(**CORRECTED, correction="truncate", correction_high=1.01),
+    "mask": GrpoConfig(**CORRECTED, correction="mask", correction_low=0.9, correction_high=1.1),
+    "mask_sequence": GrpoConfig(
+        **CORRECTED, correction="mask_sequence", correction_low=0.9, correction_high=1
+    ),
     "dual_clip": GrpoConfig(dual_clip=1.05, kl="k1"),
     "k2, sequences": GrpoConfig(kl="k2", normalize="sequence", beta=0.5),
 }
@@ -156,6 +161,7 @@ def test_a_key_wins_over_the_variant() -> None:
         ({"ratio": "sequence", "objective": "cispo"}, "ratio must be token"),
         ({"correction_high": 0.5}, "correction_high must be above"),
         ({"dual_clip": 1.0}, "dual_clip"),
+        ({"correction": "mask"}, 'corrects nothing with grpo.old_logprobs = "rollout"'),
     ],
 )
 def test_objectives_that_cannot_be_meant(wrong: dict[str, object], words: str) -> None:

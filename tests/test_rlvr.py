@@ -339,13 +339,16 @@ def test_the_reward_is_plus_or_minus_one() -> None:
 
 def test_reward_figures() -> None:
     rewards = torch.tensor([1.0, 1, 1, 1, -1, -1, -1, -1, 1, -1, -1, -1])
-    samples = Samples([[1]] * 3, [[2]] * 12, [[-1.0]] * 12, rewards, torch.zeros(12).bool())
+    samples = Samples(
+        [[1]] * 3, [[2]] * 12, [[-1.0]] * 12, {"right": rewards}, torch.zeros(12).bool()
+    )
     figures = _reward_figures(samples)
     assert figures == pytest.approx(
         {
             "reward": -2 / 12,
             "reward_std": 1 / 3,  # stds 0, 0 and sqrt((1.5^2 + 3 * 0.5^2) / 3) = 1
             "frac_reward_zero_std": 2 / 3,
+            "rewards/right/mean": -2 / 12,
             "prompts": 3,
         }
     )

@@ -107,7 +107,7 @@ def take_step(
 ) -> GrpoStep:
     """The only call of `Grpo.step` here."""
     tasks = iter([Task(tokens, None) for tokens in prompts])
-    return grpo.step(tasks, lambda _, rollouts: reward(rollouts), seed=seed)
+    return grpo.step(tasks, lambda _, rollouts: {"right": reward(rollouts)}, seed=seed)
 
 
 class Judging:
@@ -329,8 +329,26 @@ def test_a_step_in_triton_is_the_native_one(
 @pytest.mark.parametrize(
     ("model", "config", "seeds"),
     [
-        ("llama", {"correction": "mask_sequence", "correction_high": 1.1, "kl": "k2"}, [96, 97]),
-        ("qwen3", {"correction": "truncate", "dual_clip": 3.0, "scale": "none"}, [21, 22]),
+        (
+            "llama",
+            {
+                "old_logprobs": "recompute",
+                "correction": "mask_sequence",
+                "correction_high": 1.1,
+                "kl": "k2",
+            },
+            [96, 97],
+        ),
+        (
+            "qwen3",
+            {
+                "old_logprobs": "recompute",
+                "correction": "truncate",
+                "dual_clip": 3.0,
+                "scale": "none",
+            },
+            [21, 22],
+        ),
     ],
 )
 def test_two_steps_with_prompts_of_more_than_a_block(

@@ -59,6 +59,22 @@ def test_against_autograd_in_fp64(segments: Segments, backend: Any) -> None:
     assert grads[1].abs().max() > 1e-3 or sum(segments.keys) == len(segments.keys)
 
 
+@pytest.mark.parametrize("segments", CASES, ids=lambda s: f"{s.queries}-{s.keys}")
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_reference_in_small_tiles(
+    monkeypatch: pytest.MonkeyPatch, segments: Segments, rows: int
+) -> None:
+    """fp32 on a GPU runs it, on segments of many thousand tokens: a few queries at a time."""
+    monkeypatch.setattr(varlen_attention, "ROWS", rows)
+    q, k, v, grad = tensors(segments)
+    out, lse = varlen_attention.reference(q, k, v, segments)
+    grads = varlen_attention.reference_backward(grad, q, k, v, out, lse, segments)
+    for found, expected in zip(
+        (out, lse, *grads), by_autograd(q, k, v, grad, segments), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.parametrize("segments", CASES[:5] + CASES[6:], ids=lambda s: f"{s.queries}-{s.keys}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_fused_kernels_are_as_exact_as_their_dtype(

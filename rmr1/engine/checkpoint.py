@@ -91,7 +91,7 @@ def save_checkpoint(
         raise
     best = best_checkpoint(directory)
     for old in list_checkpoints(directory)[:-keep]:
-        if old != best:
+        if old not in (best, final):  # damaged ones of later steps may be there still
             _remove(old)
     trainer.ranks.wait()
     return final
@@ -134,20 +134,40 @@ def best_checkpoint(directory: Path) -> Path | None:
     return best
 
 
-def newest_whole(directory: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is as it was written, and what is wrong with newer ones.
+def set_aside_damaged(directory: Path) -> list[str]:
+    """Rename what is damaged of the newest and the best checkpoints; what was wrong with them.
+
+    Under their new names they take no part in anything: not in what is kept, nor in what is best.
 
     Raises:
         ValueError: there are checkpoints, and all of them are damaged.
     """
-    faults = list[str]()
+    _, faults = newest_whole(directory)
+    told = list(faults.values())
+    for path in faults:
+        path.rename(path.with_name(f"{path.name}.damaged"))
+    while (best := best_checkpoint(directory)) and (fault := _fault(best)) is not None:
+        told.append(fault)
+        best.rename(best.with_name(f"{best.name}.damaged"))
+    return told
+
+
+def newest_whole(directory: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint that is as it was written, and what is wrong with each newer one.
+
+    Raises:
+        ValueError: there are checkpoints, and all of them are damaged.
+    """
+    faults: dict[Path, str] = {}
     for path in reversed(list_checkpoints(directory)):
         fault = _fault(path)
         if fault is None:
             return path, faults
-        faults.append(fault)
+        faults[path] = fault
     if faults:
-        raise ValueError(f"no checkpoint is whole: {'; '.join(faults)}; remove {directory}")
+        raise ValueError(
+            f"no checkpoint is whole: {'; '.join(faults.values())}; remove {directory}"
+        )
     return None, faults
 
 

@@ -103,8 +103,8 @@ def throughput(
         peak: FLOP/s of all devices together (`peak_flops` times the ranks), or None.
 
     Returns:
-        `train_tokens_per_second` (prompts counted once), `rollout_tokens_per_second`, and `mfu`, the update's share of the peak, between 0 and 1. A figure whose input is
-        None is left out.
+        `train_tokens_per_second` (prompts counted once), `rollout_tokens_per_second`, and `mfu`,
+        the update's share of the peak, between 0 and 1. A figure whose input is None is left out.
     """
     figures = {"train_tokens_per_second": sum(group.tokens for group in groups) / update_seconds}
     if drawn_tokens is not None and rollout_seconds is not None:

@@ -126,11 +126,18 @@ def joined(place: Launch | None, device: torch.device) -> Iterator[Ranks]:
     own = device if device.type == "cuda" else torch.device("cpu")
     if own.type == "cuda":
         torch.cuda.set_device(own)
-    store = _meet(place, own)
+    store = _meet(place)
     ranks = Ranks(place.rank, place.size, own)
     # A connection of its own: the other may be waiting for a rank while this one beats.
     heartbeat = Heartbeat(store.clone(), place.rank, place.size)  # type: ignore[attr-defined]
     try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo",
+            store=store,
+            rank=place.rank,
+            world_size=place.size,
+            timeout=PATIENCE,
+        )
         yield ranks
         ranks.wait()  # rank 0 leaves last: the others' messages go through it
     except Stopped:
@@ -141,12 +148,12 @@ def joined(place: Launch | None, device: torch.device) -> Iterator[Ranks]:
         raise
     finally:
         heartbeat.stop()
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
-def _meet(place: Launch, device: torch.device) -> dist.Store:
-    """Join the others; the store through which they can send words."""
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+def _meet(place: Launch) -> dist.Store:
+    """Meet the others; the store through which they can send words."""
     if place.address in ("127.0.0.1", "localhost") and sys.platform == "linux":
         # gloo would look up the machine's own name, which not every machine can.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -164,7 +171,4 @@ def _meet(place: Launch, device: torch.device) -> dist.Store:
             f" at {place.address}:{place.port} ({str(error).splitlines()[0]}); see why not all of"
             " them started, or start the job anew"
         ) from None
-    dist.init_process_group(
-        backend, store=store, rank=place.rank, world_size=place.size, timeout=PATIENCE
-    )
     return store

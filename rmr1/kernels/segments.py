@@ -42,6 +42,14 @@ class Segments:
             yield slice(query, query + queries), slice(key, key + keys)
             query, key = query + queries, key + keys
 
+    def tiles(self, rows: int) -> Iterator[tuple[slice, slice]]:
+        """At most so many queries at a time, and the keys that the last of them sees."""
+        for queries, keys in self.runs():
+            for first in range(queries.start, queries.stop, rows):
+                last = min(first + rows, queries.stop)
+                stop = keys.start + last - queries.start if self.causal else keys.stop
+                yield slice(first, last), slice(keys.start, stop)
+
     def starts(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Where segments begin and the last one ends, of queries and of keys: [S + 1] int32."""
         if self._starts is None or self._starts[0].device != device:
