@@ -228,7 +228,7 @@ def _with_defaults(kind: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any
 
 
 def _given(section: BaseModel) -> dict[str, Any]:
-    """The values that were given to a section and those inside it; not the defaults of its class."""
+    """What was given to a section and to those inside it, without the defaults of their classes."""
     tree: dict[str, Any] = {}
     for name in type(section).model_fields:
         value = getattr(section, name)
