@@ -193,7 +193,7 @@ def test_wrong_arguments(refused: Refused, line: str, told: str) -> None:
         ("seed = -3", "x.toml: key 'seed': Input should be greater than or equal to 0, got -3"),
         ("sede = 3", "x.toml: unknown key 'sede'; known here are name, runs_dir, model"),
         ("seed = ", "x.toml: no valid TOML ("),
-        ("prompt_style = 'long'", "'rubric', 'reasoning' or 'compact', got 'long'"),
+        ("prompt_style = 'long'", "rubric, reasoning, compact or a .jinja file, got 'long'"),
     ],
 )
 def test_wrong_files(refused: Refused, tmp_path: Path, verb: str, text: str, told: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 from rmr1.data import Pair
 from rmr1.engine.generator import Rollout, SamplingParams
 from rmr1.judge import Judge, Judgment, judge_pairs, majority, prompt_room
+from rmr1.prompts import load_prompt
 
 GREEDY = SamplingParams(n=1, temperature=0.0, max_new_tokens=16)
 CHAT = "<type>Chat</type><rubric>1. x (100%)<justify>y</justify></rubric><eval>z</eval>"
@@ -76,7 +77,7 @@ def pair(name: str = "p", good: str = "good", bad: str = "bad", question: str = 
 
 
 def judged(generator: FakeGenerator, pairs: list[Pair], **options: Any) -> list[Judgment]:
-    options = {"style": "compact", "sampling": GREEDY} | options
+    options = {"prompt": load_prompt("compact"), "sampling": GREEDY} | options
     return judge_pairs(generator, FakeTokenizer(), pairs, **options)
 
 
@@ -172,7 +173,8 @@ def test_prompt_room() -> None:
 def judge_with(generator: FakeGenerator, **options: Any) -> Judge:
     """A Judge without a model directory."""
     judge = Judge.__new__(Judge)
-    judge.tokenizer, judge.generator, judge.style = FakeTokenizer(), generator, "compact"
+    judge.tokenizer, judge.generator = FakeTokenizer(), generator
+    judge.prompt = load_prompt("compact")
     judge.max_prompt_tokens = options.get("max_prompt_tokens", 10_000)
     judge._greedy = GREEDY
     judge._sampled = SamplingParams(temperature=0.7, max_new_tokens=16, seed=3)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import pytest
 
 from rmr1.engine.generator import Rollout, SamplingParams
+from rmr1.prompts import load_prompt
 from rmr1.rm_bench import RmBenchRun, model_id, repair_tail, run_rm_bench
 from rmr1.rm_bench_items import Item, load_items, plan
 from rmr1.score import score_file
@@ -88,7 +89,11 @@ class FakeGenerator:
 
 
 def run(data: Path, output: Path, **options: Any) -> RmBenchRun:
-    options = {"generator": FakeGenerator(), "model": "m@1", "style": "compact"} | options
+    options = {
+        "generator": FakeGenerator(),
+        "model": "m@1",
+        "prompt": load_prompt("compact"),
+    } | options
     generator = options.pop("generator")
     return run_rm_bench(generator, FakeTokenizer(), data=data, output=output, **options)
 
@@ -270,7 +275,7 @@ def test_a_bad_row_is_found_before_anything_is_judged(
     ("option", "field"),
     [
         ({"model": "m@2"}, "model"),
-        ({"style": "rubric"}, "prompt_hash"),
+        ({"prompt": load_prompt("rubric")}, "prompt_hash"),
         ({"seed": 1}, "seed"),
         ({"max_new_tokens": 7}, "max_new_tokens"),
     ],

@@ -24,8 +24,8 @@ from rmr1.kernels.segments import Segments
 # --- The definition ------------------------------------------------------------------------------
 
 
-# Queries whose scores are held at a time. On a GPU in fp32, for which flash-attention has no kernel,
-# this is what runs: segments of many thousand tokens must fit.
+# Queries whose scores are held at a time. This runs on a GPU in fp32, for which flash-attention has
+# no kernel: segments of many thousand tokens must fit.
 ROWS = 256
 
 
