@@ -25,7 +25,7 @@ from rmr1.tasks.catalog import draw_pairs
 from rmr1.terminal import interval, percent, phase
 
 if TYPE_CHECKING:
-    from rmr1.engine.generator import Generator
+    from rmr1.answers import LocalModel
     from rmr1.judge import Judgment
 
 
@@ -50,8 +50,9 @@ class _Model(Verb):
         """The judge's prompt; ValueError where it has no such part."""
         return load_prompt(self.prompt_style, tuple(self.prompt_without))
 
-    def load(self) -> tuple[Generator, Any, int, int]:
-        """Generator, tokenizer, the longest prompt and the longest judgment."""
+    def load(self) -> tuple[LocalModel, int, int]:
+        """The model, the longest prompt and the longest judgment."""
+        from rmr1.answers import LocalModel
         from rmr1.engine.generator import Generator
         from rmr1.engine.weights import load_model
         from rmr1.judge import prompt_room
@@ -62,7 +63,8 @@ class _Model(Verb):
         model = load_model(directory)
         positions = model.config.max_position_embeddings
         longest = self.max_new_tokens or min(1024, positions // 2)
-        return Generator(model, tokenizer), tokenizer, prompt_room(positions, longest), longest
+        room = prompt_room(positions, longest)
+        return LocalModel(Generator(model, tokenizer), tokenizer, room), room, longest
 
 
 class Eval(_Model):
@@ -102,11 +104,10 @@ class Eval(_Model):
 
         if not self.data:
             raise ValueError("eval rm-bench needs --data, the folder of RM-Bench's JSON files")
-        generator, tokenizer, room, longest = self.load()
+        model, room, longest = self.load()
         with phase("RM-Bench", 1, "judgments") as bar:
             done = run_rm_bench(
-                generator,
-                tokenizer,
+                model,
                 data=self.data,
                 output=self.output or "results/rm-bench.jsonl",
                 model=model_id(resolve_model(self.model)),
@@ -135,18 +136,16 @@ class Eval(_Model):
             pairs = read_pairs(self.data)[: self.limit]
         else:
             raise ValueError("eval pairs needs --data, a JSONL file of pairs")
-        generator, tokenizer, room, longest = self.load()
+        model, _, longest = self.load()
         sampling = SamplingParams(
             temperature=self.temperature, max_new_tokens=longest, seed=self.seed
         )
         with phase("Evaluate", 2 * len(pairs), "judgments") as bar:
             found = evaluate_pairs(
-                generator,
-                tokenizer,
+                model,
                 pairs,
                 prompt=self.template,
                 sampling=sampling,
-                max_prompt_tokens=room,
                 progress=bar.count,
             )
         # Both took hours: neither must be lost because the other has nowhere to go.

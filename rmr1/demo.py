@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rmr1.answers import LocalModel
 from rmr1.config import to_toml
 from rmr1.data import Pair, read_rows, write_whole
 from rmr1.demo_config import DemoConfig, rlvr_config, sft_config
@@ -90,14 +91,13 @@ def evaluate_stage(
     else:
         tokenizer = load_tokenizer(model_dir)
         generator = Generator(load_model(model_dir), tokenizer)
+        model = LocalModel(generator, tokenizer, config.max_prompt_tokens)
         with show(f"Evaluate {stage}", 2 * len(pairs), "judgments") as bar:
             judgments = judge_pairs(
-                generator,
-                tokenizer,
+                model,
                 pairs,
                 prompt=load_prompt(config.prompt_style),
                 sampling=sampling,
-                max_prompt_tokens=config.max_prompt_tokens,
                 placements=BOTH_PLACEMENTS,
                 progress=bar.count,
             )

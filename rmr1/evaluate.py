@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rmr1.answers import Answers, Progress
 from rmr1.data import Pair
 from rmr1.engine.generator import SamplingParams
-from rmr1.judge import BOTH_PLACEMENTS, Generates, Judgment, Progress, judge_pairs
+from rmr1.judge import BOTH_PLACEMENTS, Judgment, judge_pairs
 from rmr1.prompts import Prompt
 from rmr1.statistics import (
     Difference,
@@ -92,13 +93,11 @@ class Evaluation:
 
 
 def evaluate_pairs(
-    generator: Generates,
-    tokenizer: Any,
+    model: Answers,
     pairs: Sequence[Pair],
     *,
     prompt: Prompt,
     sampling: SamplingParams,
-    max_prompt_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Judge `pairs` in both placements and sum up.
@@ -116,12 +115,10 @@ def evaluate_pairs(
     if repeated:
         raise ValueError(f"pair ids must be unique, {repeated[0]!r} occurs more than once")
     judgments = judge_pairs(
-        generator,
-        tokenizer,
+        model,
         pairs,
         prompt=prompt,
         sampling=sampling,
-        max_prompt_tokens=max_prompt_tokens,
         placements=BOTH_PLACEMENTS,
         progress=progress,
     )

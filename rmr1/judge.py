@@ -1,46 +1,30 @@
-"""Judging: pairs go through a generator and come back as judgments; `Judge` is the short way.
+"""Judging: pairs go to a model and come back as judgments; `Judge` is the short way.
 
-`judge_pairs` is what evaluation and the benchmarks use. A prompt over the limit is never cut: a
-judgment of half an answer would look like any other. It becomes a judgment without a verdict that
-says `skipped="prompt_too_long"`.
+`judge_pairs` is what evaluation and the benchmarks use. A prompt that the model skips, as it is too
+long, becomes a judgment without a verdict that says why in `skipped`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal
 
+from rmr1.answers import Answers, LocalModel, Progress
 from rmr1.data import Kind, Label, Message, Pair, pair_from_row
-from rmr1.engine.generator import Generator, Rollout, SamplingParams
+from rmr1.engine.generator import Generator, SamplingParams
 from rmr1.engine.weights import load_model
 from rmr1.models import load_tokenizer, resolve_model
-from rmr1.prompts import Prompt, encode, load_prompt
+from rmr1.prompts import Prompt, load_prompt
 from rmr1.verdict import parse_verdicts
 
 Placement = Literal["ab", "ba"]
 Answer = Literal["A", "B", "tie"]
-Progress = Callable[[int, int], None]  # (judgments done, judgments in all)
 
-PROMPT_TOO_LONG = "prompt_too_long"
 BOTH_PLACEMENTS: tuple[Placement, ...] = ("ab", "ba")
 _EXCHANGED: dict[Answer | None, Answer | None] = {"A": "B", "B": "A", "tie": "tie", None: None}
-
-
-class Generates(Protocol):
-    """What judging needs of `rmr1.engine.generator.Generator`."""
-
-    def generate(
-        self,
-        prompts: list[list[int]],
-        params: SamplingParams,
-        *,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> list[list[Rollout]]:
-        """Samples of each prompt, [prompt][sample]."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,81 +70,42 @@ class Judgment:
 
 
 def judge_pairs(
-    generator: Generates,
-    tokenizer: Any,
+    model: Answers,
     pairs: Sequence[Pair],
     *,
     prompt: Prompt,
     sampling: SamplingParams,
-    max_prompt_tokens: int | None = None,
     placements: Sequence[Placement] = ("ab",),
     progress: Progress | None = None,
 ) -> list[Judgment]:
     """Judge each pair in each placement: pairs x placements x samples judgments, in that order.
 
-    `max_prompt_tokens` is the longest prompt that is judged (None: no limit); the judgments of a
-    longer one say so in `skipped`. `progress(done, total)` counts judgments, skipped ones too.
+    `progress(done, total)` counts judgments, those of prompts that the model skips too.
     """
-    blanks: list[Judgment] = []  # one for each prompt, still without an answer
-    prompts: list[list[int]] = []
-    for pair in pairs:
-        for placement in placements:
-            shown = pair if placement == "ab" else pair.swapped()
-            ids = encode(tokenizer, prompt.render(shown))
-            too_long = max_prompt_tokens is not None and len(ids) > max_prompt_tokens
-            blanks.append(
+    places = [(pair, placement) for pair in pairs for placement in placements]
+    shown = [pair if placement == "ab" else pair.swapped() for pair, placement in places]
+    chats = [prompt.render(pair) for pair in shown]
+    replies = model.answer(chats, sampling, progress=progress)
+    verdicts = iter(parse_verdicts([reply.text for samples in replies for reply in samples]))
+    judgments = []
+    for pair, (_, placement), samples in zip(shown, places, replies, strict=True):
+        for index, reply in enumerate(samples):
+            verdict = next(verdicts)
+            judgments.append(
                 Judgment(
                     id=pair.id,
                     source=pair.source,
                     kind=pair.kind,
-                    label=shown.label,
-                    verdict=None,
+                    label=pair.label,
+                    verdict=None if reply.skipped else verdict.answer,
                     placement=placement,
-                    prompt_tokens=len(ids),
-                    skipped=PROMPT_TOO_LONG if too_long else "",
-                )
-            )
-            if not too_long:
-                prompts.append(ids)
-    total = len(blanks) * sampling.n
-    done = total - len(prompts) * sampling.n
-    if progress is not None:
-        progress(done, total)
-
-    def count(finished: int, _new_tokens: int) -> None:
-        nonlocal done
-        done += finished
-        if progress is not None:
-            progress(done, total)
-
-    rollouts = generator.generate(prompts, sampling, progress=count) if prompts else []
-    assert [len(samples) for samples in rollouts] == [sampling.n] * len(prompts)
-    return _read_verdicts(blanks, rollouts, sampling.n)
-
-
-def _read_verdicts(
-    blanks: Sequence[Judgment], rollouts: Sequence[Sequence[Rollout]], n: int
-) -> list[Judgment]:
-    """Fill each blank from its samples; a skipped blank stays blank, once for each sample."""
-    verdicts = iter(parse_verdicts([one.text for samples in rollouts for one in samples]))
-    judged = iter(rollouts)
-    judgments = []
-    for blank in blanks:
-        samples = [None] * n if blank.skipped else next(judged)
-        for index, rollout in enumerate(samples):
-            if rollout is None:
-                judgments.append(replace(blank, sample=index))
-                continue
-            verdict = next(verdicts)
-            judgments.append(
-                replace(
-                    blank,
                     sample=index,
-                    verdict=verdict.answer,
-                    text=rollout.text,
-                    new_tokens=len(rollout.token_ids),
-                    finish_reason=rollout.finish_reason,
-                    format_error=verdict.error.name,
+                    text=reply.text,
+                    prompt_tokens=reply.prompt_tokens,
+                    new_tokens=reply.new_tokens,
+                    finish_reason=reply.finish_reason,
+                    format_error="" if reply.skipped else verdict.error.name,
+                    skipped=reply.skipped,
                 )
             )
     return judgments
@@ -230,14 +175,14 @@ class Judge:
         less; `max_prompt_tokens=None` takes what the positions leave beside the answer.
         """
         directory = resolve_model(model_dir)
-        self.tokenizer = load_tokenizer(directory)
+        tokenizer = load_tokenizer(directory)
         model = load_model(directory, dtype=dtype, device=device)
-        self.generator: Generates = Generator(model, self.tokenizer)
         self.prompt = load_prompt(style) if isinstance(style, str) else style
         if max_new_tokens is None:
             max_new_tokens = min(1024, model.config.max_position_embeddings // 2)
         if max_prompt_tokens is None:
             max_prompt_tokens = prompt_room(model.config.max_position_embeddings, max_new_tokens)
+        self.model: Answers = LocalModel(Generator(model, tokenizer), tokenizer, max_prompt_tokens)
         self.max_prompt_tokens = max_prompt_tokens
         self._greedy = SamplingParams(n=1, temperature=0.0, max_new_tokens=max_new_tokens)
         self._sampled = replace(self._greedy, temperature=temperature, top_p=top_p, seed=seed)
@@ -276,12 +221,10 @@ class Judge:
             }
         )
         samples = judge_pairs(
-            self.generator,
-            self.tokenizer,
+            self.model,
             [pair],
             prompt=self.prompt,
             sampling=self._greedy if votes == 1 else replace(self._sampled, n=votes),
-            max_prompt_tokens=self.max_prompt_tokens,
             placements=BOTH_PLACEMENTS if swap else ("ab",),
         )
         longest = max(one.prompt_tokens for one in samples)

@@ -16,9 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
+from rmr1.answers import Answers, Progress
 from rmr1.data import read_rows
 from rmr1.engine.generator import SamplingParams
-from rmr1.judge import Generates, Judgment, Progress, judge_pairs
+from rmr1.judge import Judgment, judge_pairs
 from rmr1.prompts import Prompt
 from rmr1.rm_bench_items import Cell, Key, load_items, plan
 from rmr1.score import Report, score_file, score_rows
@@ -174,8 +175,7 @@ def _judged(
 
 
 def run_rm_bench(
-    generator: Generates,
-    tokenizer: Any,
+    judge: Answers,
     *,
     data: str | Path,
     output: str | Path,
@@ -211,15 +211,13 @@ def run_rm_bench(
     done = _done(output, settings)
     todo = [cell for cell in cells if cell.key not in done]
     resumed = len(cells) - len(todo)
-    judge = partial(
+    judging = partial(
         judge_pairs,
-        generator,
-        tokenizer,
+        judge,
         prompt=prompt,
         sampling=SamplingParams(n=1, temperature=0.0, max_new_tokens=max_new_tokens),
-        max_prompt_tokens=max_prompt_tokens,
     )
-    batches = _judged(judge, todo, batch_size=batch_size, resumed=resumed, progress=progress)
+    batches = _judged(judging, todo, batch_size=batch_size, resumed=resumed, progress=progress)
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("a", encoding="utf-8") as stream:
         for batch in batches:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from rmr1.answers import LocalModel
 from rmr1.data import Pair
 from rmr1.engine.generator import Rollout, SamplingParams
 from rmr1.evaluate import Evaluation, compare, evaluate_pairs, summarise
@@ -152,8 +153,7 @@ def test_evaluate_pairs_judges_both_placements() -> None:
     pairs = [pair("1", "long", "x"), pair("2", "y", "longer"), pair("3", "ab", "cd")]
     told: list[tuple[int, int]] = []
     found = evaluate_pairs(
-        GoesByLength(),
-        FakeTokenizer(),
+        LocalModel(GoesByLength(), FakeTokenizer()),
         pairs,
         prompt=load_prompt("compact"),
         sampling=GREEDY,
@@ -171,8 +171,7 @@ def test_evaluate_pairs_judges_both_placements() -> None:
 def test_bad_calls() -> None:
     def run(pairs: list[Pair], sampling: SamplingParams = GREEDY) -> Evaluation:
         return evaluate_pairs(
-            GoesByLength(),
-            FakeTokenizer(),
+            LocalModel(GoesByLength(), FakeTokenizer()),
             pairs,
             prompt=load_prompt("compact"),
             sampling=sampling,

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from rmr1.answers import LocalModel
 from rmr1.data import Pair
 from rmr1.engine.generator import Rollout, SamplingParams
 from rmr1.judge import Judge, Judgment, judge_pairs, majority, prompt_room
@@ -78,7 +79,8 @@ def pair(name: str = "p", good: str = "good", bad: str = "bad", question: str = 
 
 def judged(generator: FakeGenerator, pairs: list[Pair], **options: Any) -> list[Judgment]:
     options = {"prompt": load_prompt("compact"), "sampling": GREEDY} | options
-    return judge_pairs(generator, FakeTokenizer(), pairs, **options)
+    model = LocalModel(generator, FakeTokenizer(), options.pop("max_prompt_tokens", None))
+    return judge_pairs(model, pairs, **options)
 
 
 def test_order_is_pairs_by_placements_by_samples() -> None:
@@ -173,9 +175,9 @@ def test_prompt_room() -> None:
 def judge_with(generator: FakeGenerator, **options: Any) -> Judge:
     """A Judge without a model directory."""
     judge = Judge.__new__(Judge)
-    judge.tokenizer, judge.generator = FakeTokenizer(), generator
-    judge.prompt = load_prompt("compact")
     judge.max_prompt_tokens = options.get("max_prompt_tokens", 10_000)
+    judge.model = LocalModel(generator, FakeTokenizer(), judge.max_prompt_tokens)
+    judge.prompt = load_prompt("compact")
     judge._greedy = GREEDY
     judge._sampled = SamplingParams(temperature=0.7, max_new_tokens=16, seed=3)
     return judge

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rmr1 import pocket
+from rmr1.answers import LocalModel
 from rmr1.engine.generator import SamplingParams
 from rmr1.evaluate import Evaluation, evaluate_pairs
 from rmr1.models import POCKET, load_tokenizer
@@ -136,12 +137,10 @@ def sampled_judgments(directory: Path) -> Evaluation:
 
     tokenizer = load_tokenizer(directory)
     return evaluate_pairs(
-        Generator(load_model(directory), tokenizer),
-        tokenizer,
+        LocalModel(Generator(load_model(directory), tokenizer), tokenizer, 768),
         draw_pairs(102, seed=0, split="heldout"),
         prompt=load_prompt("compact"),
         sampling=SamplingParams(temperature=1.0, max_new_tokens=192, seed=0),
-        max_prompt_tokens=768,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from rmr1.answers import LocalModel
 from rmr1.engine.generator import Rollout, SamplingParams
 from rmr1.prompts import load_prompt
 from rmr1.rm_bench import RmBenchRun, model_id, repair_tail, run_rm_bench
@@ -95,7 +96,8 @@ def run(data: Path, output: Path, **options: Any) -> RmBenchRun:
         "prompt": load_prompt("compact"),
     } | options
     generator = options.pop("generator")
-    return run_rm_bench(generator, FakeTokenizer(), data=data, output=output, **options)
+    model = LocalModel(generator, FakeTokenizer(), options.get("max_prompt_tokens"))
+    return run_rm_bench(model, data=data, output=output, **options)
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
