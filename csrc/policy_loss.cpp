@@ -20,8 +20,9 @@ struct Lanes {
     vf loss, low, high, kl, ratio, mismatch, correction, bad;
 };
 
+// `correction` of every token where all have the same, else their mean.
 struct Sequence {
-    float advantage, weight, log_ratio, keep;
+    float advantage, weight, log_ratio, correction;
 };
 
 RMR1_INLINE vf policy_part(vf logp, vf d, vf ratio, const Sequence& s, const PolicySettings& set,
@@ -60,7 +61,7 @@ RMR1_INLINE vf kl_part(vf d, const PolicySettings& set, vf* slope) {
 
 RMR1_INLINE vf correction_of(vf mismatch, const Sequence& s, const PolicySettings& set) {
     if (set.correction == 0) return splat(1.0f);
-    if (set.correction == 3) return splat(s.keep);
+    if (set.correction == 3) return splat(s.correction);
     const vf w = exp(bounded(mismatch, -limit, limit));
     if (set.correction == 1) return w > set.correction_high ? splat(set.correction_high) : w;
     return (w < set.correction_low) | (w > set.correction_high) ? vf{} : w;
@@ -81,7 +82,8 @@ RMR1_INLINE Lanes vector_of(vf logp, vf old, const vf* ref, const vf* rollout, c
         out.mismatch = apart < 0.0f ? -apart : apart;
         out.correction = correction_of(apart, s, set);
         loss *= out.correction;
-        *slope *= out.correction;
+        // The ratio of a sequence is that of all its tokens, so each one moves the loss of all.
+        *slope *= set.sequence_ratio ? splat(s.correction) : out.correction;
     }
     if (ref) {
         vf kl_slope;
@@ -118,11 +120,47 @@ RMR1_INLINE void add(const Lanes& one, int count, double* loss, PolicySums* sums
     if (bottom < sums->ratio_min) sums->ratio_min = bottom;
 }
 
-// Mean of a - b over a sequence, held within the limit.
+// The first `count` lanes from memory, the others 0.
+RMR1_INLINE vf take(const float* p, int count) {
+    return count == lanes ? load(p) : load_some(p, count, 0);
+}
+
+// Mean of a - b over a sequence.
 static float mean_apart(const float* a, const float* b, std::int64_t count) {
     double total = 0;
     for (std::int64_t i = 0; i < count; ++i) total += static_cast<double>(a[i]) - b[i];
     return static_cast<float>(total / static_cast<double>(count));
+}
+
+// Of corrections by token, what the slope of a sequence's ratio needs of them.
+static float mean_correction(const float* old, const float* rollout, std::int64_t count,
+                             const Sequence& s, const PolicySettings& set) {
+    double total = 0;
+    for (std::int64_t i = 0; i < count; i += lanes) {
+        const int here = count - i < lanes ? static_cast<int>(count - i) : lanes;
+        const vf w = correction_of(take(old + i, here) - take(rollout + i, here), s, set);
+        total += static_cast<double>(sum_of(first(w, here, 0)));
+    }
+    return static_cast<float>(total / static_cast<double>(count));
+}
+
+// What the tokens of a sequence share.
+static Sequence sequence_of(const PolicyTokens& t, std::int64_t s, const PolicySettings& set) {
+    const std::int64_t begin = t.offsets[s], count = t.offsets[s + 1] - begin;
+    Sequence one{t.advantages[s], t.weights[s], 0, 1};
+    if (set.sequence_ratio) one.log_ratio = mean_apart(t.logprobs + begin, t.old + begin, count);
+    if (!t.rollout) return one;
+    const float *old = t.old + begin, *rollout = t.rollout + begin;
+    if (set.correction == 3) {
+        const float w = std::exp(mean_apart(old, rollout, count));
+        // NaN stays, and shows in the loss.
+        one.correction = w < set.correction_low || w > set.correction_high ? 0.0f
+                         : std::isnan(w)                                  ? w
+                                                                          : 1.0f;
+    } else if (set.correction != 0 && set.sequence_ratio) {
+        one.correction = mean_correction(old, rollout, count, one, set);
+    }
+    return one;
 }
 
 static double policy_loss(const PolicyTokens& t, const PolicySettings& set, float* slope,
@@ -131,28 +169,15 @@ static double policy_loss(const PolicyTokens& t, const PolicySettings& set, floa
     for (std::int64_t s = 0; s < t.sequences; ++s) {
         const std::int64_t begin = t.offsets[s], end = t.offsets[s + 1];
         if (begin == end) continue;
-        Sequence one{t.advantages[s], t.weights[s], 0, 1};
-        if (set.sequence_ratio) {
-            one.log_ratio = mean_apart(t.logprobs + begin, t.old + begin, end - begin);
-        }
-        if (set.correction == 3 && t.rollout) {
-            const float w = std::exp(mean_apart(t.old + begin, t.rollout + begin, end - begin));
-            // NaN stays, and shows in the loss.
-            one.keep = w < set.correction_low || w > set.correction_high ? 0.0f
-                       : std::isnan(w)                                  ? w
-                                                                        : 1.0f;
-        }
+        const Sequence one = sequence_of(t, s, set);
         for (std::int64_t i = begin; i < end; i += lanes) {
             const int count = end - i < lanes ? static_cast<int>(end - i) : lanes;
-            const auto take = [&](const float* p) {
-                return count == lanes ? load(p + i) : load_some(p + i, count, 0);
-            };
             vf ref{}, rollout{}, gradient;
-            if (t.ref) ref = take(t.ref);
-            if (t.rollout) rollout = take(t.rollout);
-            const Lanes found =
-                vector_of(take(t.logprobs), take(t.old), t.ref ? &ref : nullptr,
-                          t.rollout ? &rollout : nullptr, one, set, &gradient);
+            if (t.ref) ref = take(t.ref + i, count);
+            if (t.rollout) rollout = take(t.rollout + i, count);
+            const Lanes found = vector_of(take(t.logprobs + i, count), take(t.old + i, count),
+                                          t.ref ? &ref : nullptr, t.rollout ? &rollout : nullptr,
+                                          one, set, &gradient);
             add(found, count, &loss, sums);
             if (count == lanes) {
                 store(slope + i, gradient);

@@ -169,15 +169,15 @@ def ops(backend: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     saved = [one.detach() for one in (peak, log_sum, entropy)]
     flat = (X, HEAD, WORDS, *saved, ones, ones, 0.7, True, True, backend)
     advantages, weights = torch.tensor([1.0, -1.0, 0.5]), torch.full((3,), 0.1)
-    counts, settings = torch.tensor([3, 3, 3]), policy._settings(LOSS)
+    starts, settings = torch.tensor([0, 3, 6, 9]), policy._settings(LOSS)
     return {
         "token_logprob": (token_logprob._forward, (x, w, WORDS, 0.7, True, backend)),
         "token_logprob_backward": (token_logprob._backward, flat),
         "policy_loss": (
             policy._op,
-            (graded(OLD + 0.1), OLD, advantages, IDS, counts, weights, OLD, OLD, settings, backend),
+            (graded(OLD + 0.1), OLD, advantages, IDS, starts, weights, OLD, OLD, settings, backend),
         ),
-        "sequence_counts": (policy_loss_input._op, (IDS, 3)),
+        "sequence_starts": (policy_loss_input._op, (IDS, 3)),
         "group_advantages": (
             group_advantage._op, (OLD, IDS, True, False, COUNTS, 12, backend)
         ),

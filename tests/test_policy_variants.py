@@ -72,6 +72,7 @@ def plain(c: PolicyLossConfig, given: dict[str, Tensor]) -> tuple[float, list[fl
             "sequence": 1 / (max(length, 1) * len(LENGTHS)),
             "fixed": 1 / (len(LENGTHS) * (c.max_length or 1)),
         }[c.normalize]
+        values, parts, keeps = [], [], []
         for t in span:
             d, inside = limited(mean if c.ratio == "sequence" else new[t] - old[t])
             r = math.exp(d)
@@ -90,13 +91,19 @@ def plain(c: PolicyLossConfig, given: dict[str, Tensor]) -> tuple[float, list[fl
                 "mask": w if c.correction_low <= w <= c.correction_high else 0.0,
                 "mask_sequence": float(c.correction_low <= apart <= c.correction_high),
             }[c.correction]
+            values.append(keep * value)
+            parts.append(slope)
+            keeps.append(keep)
+        if c.ratio == "sequence":  # each token moves the ratio, and so the loss, of all of them
+            keeps = [sum(keeps) / max(length, 1)] * length
+        for t, value, slope, keep in zip(span, values, parts, keeps, strict=True):
             d, inside = limited(ref[t] - new[t])
             kl, kl_slope = {
                 "k1": (-d, inside),
                 "k2": (d * d / 2, -d * inside),
                 "k3": (math.exp(d) - 1 - d, (1 - math.exp(d)) * inside),
             }[c.kl]
-            loss += weight * (keep * value + c.beta * kl)
+            loss += weight * (value + c.beta * kl)
             slopes.append(weight * (keep * slope + c.beta * kl_slope))
     return loss, slopes
 
@@ -120,6 +127,17 @@ OPTIONS = {
     )
 }
 OPTIONS["sequence ratio, corrected"] = PolicyLossConfig(ratio="sequence", correction="truncate")
+# Bounds so wide that the slope of no sequence is 0.
+OPTIONS |= {
+    f"sequence ratio, wide, {correction}": PolicyLossConfig(
+        ratio="sequence",
+        correction=correction,  # type: ignore[arg-type]
+        clip_low=1,
+        clip_high=9,
+        beta=0,
+    )
+    for correction in ("truncate", "mask", "mask_sequence")
+}
 CONFIGS = VARIANTS | OPTIONS
 
 
@@ -137,6 +155,8 @@ def test_equals_the_formula(name: str, backend: Any) -> None:
     exact = 1e-12 if backend == "reference" else 1e-5
     largest = max(map(abs, slopes))
     assert largest > 1e-4
+    if "wide" in name:
+        assert min(map(abs, slopes[:58])) > 1e-4  # all that have an advantage
     assert loss.item() == pytest.approx(expected, rel=10 * exact, abs=exact)
     wanted = torch.tensor([3 * one for one in slopes], dtype=slope.dtype)
     torch.testing.assert_close(slope, wanted, rtol=10 * exact, atol=exact * largest)

@@ -29,7 +29,7 @@ from torch.library import custom_op
 from rmr1 import _C
 from rmr1.kernels.dispatch import choose
 from rmr1.kernels.policy_loss_config import PolicyLossConfig, variant
-from rmr1.kernels.policy_loss_input import check, check_counts, sequence_counts
+from rmr1.kernels.policy_loss_input import check, sequence_starts, update_counts
 
 __all__ = ["STATS", "PolicyLossConfig", "policy_loss", "reference", "variant"]
 
@@ -151,8 +151,7 @@ def policy_loss(
             `old_logprobs` as `logprob_mismatch`.
         config: the objective; `variant("dapo")` gives a published one.
         token_count: response tokens of the whole update; default T.
-        sequence_count: sequences of the whole update, for normalize "sequence" and "fixed";
-            default S.
+        sequence_count: sequences of it, for normalize "sequence" and "fixed"; default S.
         sequence_lengths: [S] response tokens of each whole sequence, for normalize "sequence";
             default what is here. Needed when a call sees parts of sequences.
 
@@ -167,13 +166,12 @@ def policy_loss(
     others = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs}
     others["rollout_logprobs"] = rollout_logprobs
     check(logprobs, advantages, sequence_ids, others, config)
-    if logprobs.dtype != torch.float64:
-        logprobs = logprobs.float()
-    tokens = len(logprobs) if token_count is None else token_count
-    sequences = len(advantages) if sequence_count is None else sequence_count
-    check_counts(tokens, sequences, sequence_lengths, advantages, len(logprobs))
-    counts = sequence_counts(sequence_ids, len(advantages))  # [S]
-    lengths = counts if sequence_lengths is None else sequence_lengths
+    logprobs = logprobs if logprobs.dtype == torch.float64 else logprobs.float()
+    tokens, sequences = update_counts(
+        token_count, sequence_count, sequence_lengths, advantages, len(logprobs)
+    )
+    starts = sequence_starts(sequence_ids, len(advantages))  # [S + 1]
+    lengths = starts.diff() if sequence_lengths is None else sequence_lengths
     weights = _weights(lengths, tokens, sequences, config).to(logprobs.dtype)
     backend = choose("policy_loss", logprobs, native=logprobs.dtype == torch.float32)
     if backend == "reference":
@@ -183,7 +181,7 @@ def policy_loss(
         )  # fmt: skip
     else:
         loss, _, sums = _op(
-            logprobs, old_logprobs.float(), advantages.float(), sequence_ids, counts, weights,
+            logprobs, old_logprobs.float(), advantages.float(), sequence_ids, starts, weights,
             _float(ref_logprobs), _float(rollout_logprobs), _settings(config), backend,
         )  # fmt: skip
     return loss, _named(sums, max(tokens, 1), ref_logprobs is not None, rollout_logprobs)
@@ -238,7 +236,7 @@ def _op(
     old: Tensor,
     advantages: Tensor,
     ids: Tensor,
-    counts: Tensor,
+    starts: Tensor,
     weights: Tensor,
     ref: Tensor | None,
     rollout: Tensor | None,
@@ -250,16 +248,15 @@ def _op(
         from rmr1.kernels import policy_loss_triton
 
         return policy_loss_triton.policy_loss(
-            logprobs, old, advantages, ids, weights, ref, rollout, settings
+            logprobs, old, advantages, ids, starts, weights, ref, rollout, settings
         )
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])  # [S + 1]
     slope = torch.empty_like(logprobs, memory_format=torch.contiguous_format)
     loss, *sums = _C.policy_loss(
         logprobs.contiguous(),
         old.contiguous(),
         None if ref is None else ref.contiguous(),
         None if rollout is None else rollout.contiguous(),
-        offsets,
+        starts,
         advantages.contiguous(),
         weights,
         settings,
@@ -274,7 +271,7 @@ def _(
     old: Tensor,
     advantages: Tensor,
     ids: Tensor,
-    counts: Tensor,
+    starts: Tensor,
     weights: Tensor,
     ref: Tensor | None,
     rollout: Tensor | None,

@@ -1,4 +1,4 @@
-"""What the policy loss refuses, and the token counts of its sequences.
+"""What the policy loss refuses, and where its sequences begin.
 
 Shapes: T packed response tokens, S sequences.
 """
@@ -52,16 +52,23 @@ def check(
         )
 
 
-def check_counts(
-    tokens: int, sequences: int, lengths: Tensor | None, advantages: Tensor, here: int
-) -> None:
-    """Refuse counts that no update has of which `here` tokens are at hand."""
+def update_counts(
+    tokens: int | None,
+    sequences: int | None,
+    lengths: Tensor | None,
+    advantages: Tensor,
+    here: int,
+) -> tuple[int, int]:
+    """Tokens and sequences of the whole update, by default what is here: `here` tokens.
+
+    ValueError for counts or lengths that no such update has.
+    """
+    tokens = here if tokens is None else tokens
+    sequences = len(advantages) if sequences is None else sequences
     for name, count in (("token_count", tokens), ("sequence_count", sequences)):
         if count < 0 or (count == 0 and here > 0):
             raise ValueError(f"{name} must be above 0, got {count}")
-    if lengths is None:
-        return
-    if (
+    if lengths is not None and (
         lengths.shape != advantages.shape
         or lengths.device != advantages.device
         or lengths.dtype != torch.int64
@@ -71,25 +78,29 @@ def check_counts(
             f" {tuple(advantages.shape)} on {advantages.device}, got {lengths.dtype} of shape"
             f" {tuple(lengths.shape)} on {lengths.device}"
         )
+    return tokens, sequences
 
 
-def sequence_counts(ids: Tensor, sequences: int) -> Tensor:
-    """The tokens of each sequence, int64 [S]. ValueError for ids out of order or out of range."""
+def sequence_starts(ids: Tensor, sequences: int) -> Tensor:
+    """Where each sequence begins, and where the last one ends, int64 [S + 1].
+
+    ValueError for ids out of order or out of range.
+    """
     # In a traced graph the look at the values has to be an op; outside of one that only costs.
-    return _op(ids, sequences) if torch.compiler.is_compiling() else _count(ids, sequences)
+    return _op(ids, sequences) if torch.compiler.is_compiling() else _starts(ids, sequences)
 
 
-@custom_op("rmr1::sequence_counts", mutates_args=())
+@custom_op("rmr1::sequence_starts", mutates_args=())
 def _op(ids: Tensor, sequences: int) -> Tensor:
-    return _count(ids, sequences)
+    return _starts(ids, sequences)
 
 
 @_op.register_fake
 def _(ids: Tensor, sequences: int) -> Tensor:
-    return ids.new_empty(sequences)
+    return ids.new_empty(sequences + 1)
 
 
-def _count(ids: Tensor, sequences: int) -> Tensor:
+def _starts(ids: Tensor, sequences: int) -> Tensor:
     if ids.numel():
         falls = (ids[1:] < ids[:-1]).any().long()
         falls, low, high = torch.stack([falls, ids[0], ids[-1]]).tolist()  # one wait for the GPU
@@ -102,4 +113,5 @@ def _count(ids: Tensor, sequences: int) -> Tensor:
                 f"sequence_ids must lie in 0..{sequences - 1} (one per advantage), got"
                 f" {low}..{high}"
             )
-    return torch.bincount(ids, minlength=sequences)
+    # A bincount would look at the ids again, and wait for the GPU to do so.
+    return torch.searchsorted(ids.contiguous(), torch.arange(sequences + 1, device=ids.device))

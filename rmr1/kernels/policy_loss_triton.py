@@ -2,7 +2,8 @@
 
 A program takes BLOCK tokens, gathers what their sequences share, and writes its own sums, which
 torch adds up: no atomics, so the same inputs give the same bits. What a whole sequence decides (its
-mean log-ratio, whether it is kept) is made before, by torch, and only where an option asks for it.
+mean log-ratio, whether it is kept, the mean of its corrections) is made before, by torch, and only
+where an option asks for it.
 
 Shapes: T tokens, S sequences, P programs.
 """
@@ -41,7 +42,7 @@ def _load(pointers, live, MASKED: tl.constexpr):
 
 @triton.jit
 def _kernel(
-    logprobs, old, ids, advantages, weights, ref, rollout, sequence_log_ratio, keep,
+    logprobs, old, ids, advantages, weights, ref, rollout, sequence_log_ratio, sequence_correction,
     slope, sums, T, first, low, high, dual, beta, correction_low, correction_high,
     SEQUENCE: tl.constexpr, CISPO: tl.constexpr, REF: tl.constexpr, ROLLOUT: tl.constexpr,
     KL: tl.constexpr, CORRECTION: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
@@ -86,9 +87,13 @@ def _kernel(
         elif CORRECTION == 2:
             correction = tl.where((w < correction_low) | (w > correction_high), 0.0, w)
         elif CORRECTION == 3:
-            correction = _load(keep + sequence, live, MASKED)
+            correction = _load(sequence_correction + sequence, live, MASKED)
         loss *= correction
-        gradient *= correction
+        if SEQUENCE and CORRECTION > 0:
+            # The ratio is that of all tokens of the sequence, so each one moves the loss of all.
+            gradient *= _load(sequence_correction + sequence, live, MASKED)
+        else:
+            gradient *= correction
 
     kl = tl.zeros((BLOCK,), dtype=tl.float32)
     if REF:
@@ -131,25 +136,27 @@ def policy_loss(
     old: Tensor,
     advantages: Tensor,
     ids: Tensor,
+    starts: Tensor,
     weights: Tensor,
     ref: Tensor | None,
     rollout: Tensor | None,
     settings: list[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, slope [T], and the sums of STATS, fp64 [9]; `settings` as in csrc/policy_loss.h."""
+    """Loss, slope [T], and the sums of STATS, fp64 [9].
+
+    `starts` [S + 1] and `settings` are the offsets and the settings of csrc/policy_loss.h.
+    """
     sequence, cispo, low, high, dual, beta, kl, correction, least, most = settings
     logprobs, old, ids = logprobs.contiguous(), old.contiguous(), ids.contiguous()
     programs = max(1, triton.cdiv(len(logprobs), BLOCK))
     slope = torch.empty_like(logprobs)
     sums = logprobs.new_zeros(programs, _SUMS)
     unused = logprobs
-    mean, keep = unused, unused
+    mean, of_sequence = unused, unused
     if sequence:
-        mean = _means(logprobs - old, ids, len(advantages))
-    if correction == 3 and rollout is not None:
-        apart = _means(old - rollout, ids, len(advantages)).exp()
-        keep = torch.where(apart.isnan(), apart, 1.0)  # NaN stays, and shows in the loss
-        keep = torch.where((apart < least) | (apart > most), 0.0, keep)
+        mean = _means(logprobs - old, starts)
+    if rollout is not None and (correction == 3 or (sequence and correction)):
+        of_sequence = _corrections(old - rollout, starts, int(correction), least, most)
     whole = len(logprobs) // BLOCK
     for first, count, masked in ((0, whole, False), (whole, programs - whole, True)):
         if not count:
@@ -157,7 +164,7 @@ def policy_loss(
         _kernel[(count,)](
             logprobs, old, ids, advantages.contiguous(), weights.contiguous(),
             unused if ref is None else ref.contiguous(),
-            unused if rollout is None else rollout.contiguous(), mean, keep, slope, sums,
+            unused if rollout is None else rollout.contiguous(), mean, of_sequence, slope, sums,
             len(logprobs), first, low, high, dual, beta, least, most,
             SEQUENCE=bool(sequence), CISPO=bool(cispo), REF=ref is not None,
             ROLLOUT=rollout is not None, KL=int(kl), CORRECTION=int(correction), MASKED=masked,
@@ -169,15 +176,25 @@ def policy_loss(
     return total[0].float(), slope, total[1:].clone()
 
 
-def _means(values: Tensor, ids: Tensor, sequences: int) -> Tensor:
-    """Mean of the tokens of each sequence, fp32 [S]."""
-    counts = torch.bincount(ids, minlength=sequences).clamp(min=1)
-    return (values.new_zeros(sequences).index_add(0, ids, values) / counts).float()
+def _corrections(apart: Tensor, starts: Tensor, kind: int, low: float, high: float) -> Tensor:
+    """Of each sequence whether it is kept, or else the mean of its tokens' corrections, [S]."""
+    if kind == 3:
+        w = _means(apart, starts).exp()
+        keep = torch.where(w.isnan(), w, 1.0)  # NaN stays, and shows in the loss
+        return torch.where((w < low) | (w > high), 0.0, keep)
+    w = apart.clamp(-20.0, 20.0).exp()
+    w = w.clamp(max=high) if kind == 1 else torch.where((w < low) | (w > high), 0.0, w)
+    return _means(w, starts)
+
+
+def _means(values: Tensor, starts: Tensor) -> Tensor:
+    """Mean of the tokens of each sequence, fp32 [S]; without atomics, and no wait for the GPU."""
+    return torch.segment_reduce(values, "mean", lengths=starts.diff(), unsafe=True)
 
 
 def _case(name: str, **constants: Any) -> Case:
     floats = ("logprobs", "old", "advantages", "weights", "ref", "rollout", "slope", "sums")
-    types = dict.fromkeys((*floats, "sequence_log_ratio", "keep"), "*fp32")
+    types = dict.fromkeys((*floats, "sequence_log_ratio", "sequence_correction"), "*fp32")
     numbers = ("low", "high", "dual", "beta", "correction_low", "correction_high")
     types |= {"ids": "*i64", "T": "i32", "first": "i32", **dict.fromkeys(numbers, "fp32")}
     aligned = tuple(name for name, kind in types.items() if kind.startswith("*"))
@@ -187,8 +204,12 @@ def _case(name: str, **constants: Any) -> Case:
 _PLAIN = {"SEQUENCE": False, "CISPO": False, "KL": 3, "MASKED": False, "BLOCK": BLOCK}
 CASES = [
     _case("clip, k3", **{**_PLAIN, "REF": True, "ROLLOUT": True, "CORRECTION": 1}),
-    _case(
-        "sequence", **{**_PLAIN, "SEQUENCE": True, "REF": False, "ROLLOUT": True, "CORRECTION": 3}
-    ),
+    *[
+        _case(
+            name,
+            **{**_PLAIN, "SEQUENCE": True, "REF": False, "ROLLOUT": True, "CORRECTION": correction},
+        )
+        for name, correction in (("sequence", 3), ("sequence, truncate", 1))
+    ],
     _case("cispo", **{**_PLAIN, "CISPO": True, "REF": False, "ROLLOUT": False, "CORRECTION": 0}),
 ]
