@@ -21,6 +21,7 @@ VERBS = {
     "eval": ("rmr1.cli_judging", "Eval", "accuracy of a judge on tasks, pairs or RM-Bench"),
     "score": ("rmr1.cli_judging", "Score", "aggregate judgments by a benchmark's official rule"),
     "judge": ("rmr1.cli_judging", "JudgeOne", "compare two answers"),
+    "trace": ("rmr1.cli_trace", "Trace", "judgments to distil from, by models behind an endpoint"),
     "logprobs": ("rmr1.cli_judging", "Logprobs", "log-probabilities of given tokens"),
     "data": (
         "rmr1.cli_tools",

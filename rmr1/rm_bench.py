@@ -8,18 +8,17 @@ published figures are. Items and placements come from rmr1/rm_bench_items.py.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from rmr1.answers import Answers, Progress
 from rmr1.data import read_rows
 from rmr1.engine.generator import SamplingParams
 from rmr1.judge import Judgment, judge_pairs
+from rmr1.judgment_log import append, repair_tail
 from rmr1.prompts import Prompt
 from rmr1.rm_bench_items import Cell, Key, load_items, plan
 from rmr1.score import Report, score_file, score_rows
@@ -71,28 +70,6 @@ def model_id(directory: str | Path) -> str:
     return f"{folder.resolve().name}@{digest.hexdigest()[:12]}"
 
 
-def repair_tail(path: Path) -> bool:
-    """Mend a last line that a killed run left half written; True when there was one.
-
-    A whole row that lacks only its newline is kept, anything else after the last newline is cut.
-    """
-    content = path.read_bytes()
-    if not content or content.endswith(b"\n"):
-        return False
-    end = content.rfind(b"\n") + 1
-    try:
-        whole = isinstance(json.loads(content[end:].decode("utf-8")), dict)
-    except (RecursionError, ValueError):  # no UTF-8 or no JSON: the row was torn
-        whole = False
-    with path.open("r+b") as stream:
-        if whole:
-            stream.seek(0, os.SEEK_END)
-            stream.write(b"\n")
-        else:
-            stream.truncate(end)
-    return True
-
-
 def _done(path: Path, settings: dict[str, Any]) -> set[Key]:
     """Which judgments a file holds already.
 
@@ -139,13 +116,6 @@ def _row(cell: Cell, judgment: Judgment, settings: dict[str, Any]) -> dict[str, 
         "finish_reason": judgment.finish_reason,
         **{field: value for field, value in settings.items() if field != "benchmark"},
     }
-
-
-def _append(stream: TextIO, rows: list[dict[str, Any]]) -> None:
-    """Write rows and see them onto the disk: from here on they are not made again."""
-    stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    stream.flush()
-    os.fsync(stream.fileno())
 
 
 def _judged(
@@ -221,7 +191,7 @@ def run_rm_bench(
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("a", encoding="utf-8") as stream:
         for batch in batches:
-            _append(stream, [_row(cell, judgment, settings) for cell, judgment in batch])
+            append(stream, [_row(cell, judgment, settings) for cell, judgment in batch])
     return RmBenchRun(
         output=output,
         judgments=len(cells),

@@ -10,14 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import math
-import signal
-import sys
-import time
 import tomllib
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 from rmr1.config import RunConfig, Section, dotted, to_toml
@@ -242,39 +238,6 @@ def sample_row(stage: str, step: int, pair: Pair, text: str, verdict: str | None
         "verdict": verdict,
         "label": pair.label,
     }
-
-
-class StopRequest:
-    """Turns the first Ctrl-C (or SIGTERM) into a request to stop after the step in progress.
-
-    A second one, after a second or more, interrupts at once; what was saved before stays. (The
-    ranks of a job get one Ctrl-C twice: from the terminal and from their launcher.)
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.requested = False
-        self._clock, self._since = clock, 0.0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            if self._clock() - self._since < 1:
-                return
-            raise KeyboardInterrupt
-        self.requested, self._since = True, self._clock()
-        print(
-            "\nStopping after this step and saving; press Ctrl-C again to leave at once.",
-            file=sys.stderr,
-        )
 
 
 def prepare_memory(model: CausalLM, config: RunConfig, ranks: Ranks, *, reference: bool) -> None:

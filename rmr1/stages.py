@@ -17,7 +17,8 @@ from rmr1.engine.ranks import Ranks, Stopped, joined
 from rmr1.engine.trainer import Trainer
 from rmr1.models import resolve_device
 from rmr1.profiling import Profile
-from rmr1.run import Run, StopRequest
+from rmr1.run import Run
+from rmr1.stop_request import StopRequest
 
 _log = logging.getLogger(__name__)
 

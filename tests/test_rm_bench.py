@@ -12,8 +12,9 @@ import pytest
 
 from rmr1.answers import LocalModel
 from rmr1.engine.generator import Rollout, SamplingParams
+from rmr1.judgment_log import repair_tail
 from rmr1.prompts import load_prompt
-from rmr1.rm_bench import RmBenchRun, model_id, repair_tail, run_rm_bench
+from rmr1.rm_bench import RmBenchRun, model_id, run_rm_bench
 from rmr1.rm_bench_items import Item, load_items, plan
 from rmr1.score import score_file
 

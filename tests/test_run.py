@@ -18,7 +18,8 @@ import pytest
 from rmr1.config import RlvrConfig, SftConfig, to_toml
 from rmr1.data import Pair, read_pairs
 from rmr1.engine.checkpoint import Progress
-from rmr1.run import FREE_TO_CHANGE, Run, StopRequest, sample_row, training_pairs
+from rmr1.run import FREE_TO_CHANGE, Run, sample_row, training_pairs
+from rmr1.stop_request import StopRequest
 
 Make = Callable[..., SftConfig]
 
