@@ -17,7 +17,7 @@ import pytest
 
 from rmr1.cli import VERBS, main, usage
 from rmr1.cli_arguments import parse
-from rmr1.cli_judging import JudgeOne
+from rmr1.cli_judge import JudgeOne
 from rmr1.data import read_pairs, write_pairs
 from rmr1.engine import gguf
 from rmr1.models import POCKET

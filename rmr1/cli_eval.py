@@ -1,4 +1,4 @@
-"""The verbs that use a model: eval, score, judge, logprobs.
+"""The verbs that measure a judge: eval, score.
 
 What needs torch is imported where a verb runs, so that `--help` answers at once.
 """
@@ -11,63 +11,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 from pydantic_settings import CliPositionalArg
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from rmr1.cli_arguments import Verb
+from rmr1.cli_model import ModelVerb
 from rmr1.data import Pair, read_pairs, write_whole
-from rmr1.prompts import Part, Prompt, PromptStyle, load_prompt
 from rmr1.score import score_file
 from rmr1.tasks.catalog import draw_pairs
 from rmr1.terminal import interval, percent, phase
 
 if TYPE_CHECKING:
-    from rmr1.answers import LocalModel
     from rmr1.judge import Judgment
 
 
-class _Model(Verb):
-    """What every verb that loads a model takes."""
-
-    model: str = Field(description="Hugging Face directory, or `pocket`, `smollm2`")
-    prompt_style: PromptStyle = Field(
-        "rubric", description="the judge's prompt: rubric, reasoning, compact, or a .jinja file"
-    )
-    prompt_without: list[Part] = Field(
-        [], description="parts of the chain of rubrics that the prompt leaves out"
-    )
-    max_new_tokens: int | None = Field(
-        None, ge=1, description="cap of a judgment; unset: 1024, or half the model's positions"
-    )
-    seed: int = Field(0, ge=0, description="of placements, tasks and draws")
-    json_output: bool = Field(False, alias="json", description="print figures as JSON")
-
-    @property
-    def template(self) -> Prompt:
-        """The judge's prompt; ValueError where it has no such part."""
-        return load_prompt(self.prompt_style, tuple(self.prompt_without))
-
-    def load(self) -> tuple[LocalModel, int, int]:
-        """The model, the longest prompt and the longest judgment."""
-        from rmr1.answers import LocalModel
-        from rmr1.engine.generator import Generator
-        from rmr1.engine.weights import load_model
-        from rmr1.judge import prompt_room
-        from rmr1.models import load_tokenizer, resolve_model
-
-        directory = resolve_model(self.model)
-        tokenizer = load_tokenizer(directory)
-        model = load_model(directory)
-        positions = model.config.max_position_embeddings
-        longest = self.max_new_tokens or min(1024, positions // 2)
-        room = prompt_room(positions, longest)
-        return LocalModel(Generator(model, tokenizer), tokenizer, room), room, longest
-
-
-class Eval(_Model):
+class Eval(ModelVerb):
     """Measure a judge.
 
     rmr1 eval tasks --model pocket --prompt_style compact       held-out embedded tasks
@@ -181,69 +142,6 @@ class Score(Verb):
             print(json.dumps(figures))
         else:
             print_scores(figures)
-        return 0
-
-
-class JudgeOne(_Model):
-    """Compare two answers to a prompt and show the judgment."""
-
-    prompt: str = Field(description="what was asked")
-    answer_a: str = Field(description="the first answer")
-    answer_b: str = Field(description="the second answer")
-    votes: int = Field(1, ge=1, description="samples whose majority wins")
-    swap: bool = Field(False, description="judge with the answers exchanged as well")
-
-    @field_validator("prompt", "answer_a", "answer_b", mode="before")
-    @classmethod
-    def _a_text_is_always_set(cls, value: Any) -> Any:
-        # The parser makes None of `unset` (rmr1/cli_arguments.py), which is a text like any other
-        # here: what is required cannot be reset.
-        return "unset" if value is None else value
-
-    def run(self) -> int:
-        """Judge once and print verdict and judgment."""
-        from rmr1.judge import Judge
-
-        judge = Judge(
-            self.model,
-            style=self.template,
-            max_new_tokens=self.max_new_tokens,
-            seed=self.seed,
-        )
-        found = judge.compare(
-            self.prompt, self.answer_a, self.answer_b, votes=self.votes, swap=self.swap
-        )
-        if self.json_output:
-            print(json.dumps(asdict(found), ensure_ascii=False))
-            return 0
-        console = Console()
-        for one in found.samples or (found,):
-            console.print(Text(one.text))
-        console.print(Text(f"Verdict: {found.verdict or 'none could be read'}", style="bold"))
-        return 0
-
-
-class Logprobs(Verb):
-    """Log-probability of every token but the first, for lines of token ids.
-
-    Input lines: {"token_ids": [1, 2, 3]}; output lines: {"logprobs": [-1.5, -0.2]}.
-    """
-
-    model: str = Field(description="Hugging Face directory, or `pocket`, `smollm2`")
-    input: str = Field(description="JSONL file of token ids")
-    output: str = Field(description="JSONL file to write")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of weights and compute")
-
-    def run(self) -> int:
-        """Write the log-probabilities."""
-        from rmr1.engine.weights import load_model
-        from rmr1.logprobs import write_logprobs
-        from rmr1.models import resolve_model
-
-        model = load_model(resolve_model(self.model), dtype=self.dtype)
-        with phase("Log-probabilities", 1, "lines") as bar:
-            lines = write_logprobs(model, self.input, self.output, progress=bar.count)
-        Console(stderr=True).print(f"{lines} lines written to {self.output}", highlight=False)
         return 0
 
 
