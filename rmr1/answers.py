@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from rmr1.data import Message
-from rmr1.engine.generator import Rollout, SamplingParams
+from rmr1.engine.sampling import SamplingParams
 from rmr1.prompts import encode
+
+if TYPE_CHECKING:  # an endpoint needs no torch
+    from rmr1.engine.generator import Rollout
 
 Progress = Callable[[int, int], None]  # (answers done, answers in all)
 
