@@ -19,7 +19,12 @@ from pydantic import (
 )
 
 from rmr1.engine.optim_config import OptimConfig, Recompute, ZeroConfig
-from rmr1.grpo_config import GrpoConfig, RolloutConfig, refuse_more_minibatches
+from rmr1.grpo_config import (
+    GrpoConfig,
+    RewardConfig,
+    RolloutConfig,
+    refuse_more_minibatches,
+)
 from rmr1.prompts import Part, Prompt, PromptStyle, load_prompt
 from rmr1.section import Section
 from rmr1.trackers import TrackerName
@@ -117,6 +122,7 @@ class RlvrConfig(RunConfig):
     steps: int = Field(62, ge=1, description="rollout steps")
     rollout: RolloutConfig = RolloutConfig()
     grpo: GrpoConfig = GrpoConfig()
+    reward: RewardConfig = RewardConfig()
 
     @model_validator(mode="after")
     def _parts_fit(self) -> RlvrConfig:
@@ -125,6 +131,12 @@ class RlvrConfig(RunConfig):
             raise ValueError(
                 f"grpo.overlong_buffer = {self.grpo.overlong_buffer} is more than"
                 f" rollout.max_new_tokens = {self.rollout.max_new_tokens}"
+            )
+        if self.reward.swap_consistency and (self.rollout.prompts % 2 or self.grpo.resample_rounds):
+            raise ValueError(
+                "reward.swap_consistency judges each pair in both orders, side by side:"
+                f" rollout.prompts = {self.rollout.prompts} must be even and"
+                f" grpo.resample_rounds = {self.grpo.resample_rounds} must be 0"
             )
         return self
 

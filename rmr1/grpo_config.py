@@ -29,6 +29,18 @@ class RolloutConfig(Section):
     kv_memory_gb: float | None = Field(None, gt=0, description="KV cache; unset: what is free")
 
 
+class RewardConfig(Section):
+    """The weights of a reward's parts (rmr1/rewards.py); 0 leaves one out. RM-R1 has the first."""
+
+    correctness: float = Field(1.0, gt=0, description="+1 for the right verdict, -1 otherwise")
+    swap_consistency: float = Field(
+        0.0, ge=0, description="share of judgments with the answers exchanged that agree, 0 to 1"
+    )
+    grounding: float = Field(0.0, ge=0, description="share of quotes that the answer holds")
+    format: float = Field(0.0, ge=0, description="1 for a judgment that keeps the format")
+    length: float = Field(0.0, ge=0, description="-1 for a judgment as long as the cap, 0 for none")
+
+
 class GrpoConfig(Section):
     """The objective: GRPO as RM-R1 uses it, or another one of the family.
 

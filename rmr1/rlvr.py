@@ -12,7 +12,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from rmr1.group_sampling import Task
 from rmr1.grpo import Grpo
 from rmr1.models import load_tokenizer, resolve_model
 from rmr1.prompts import encode
-from rmr1.rewards import correctness, overlong
+from rmr1.rewards import weighed
 from rmr1.run import (
     Run,
     prepare_memory,
@@ -73,6 +73,11 @@ class _Stage:
             )
         tokenizer = load_tokenizer(start)
         self.prompts, self.dropped = _fitting_prompts(config, tokenizer)
+        if config.reward.swap_consistency and config.rollout.prompts % (2 * ranks.size):
+            raise ValueError(
+                "reward.swap_consistency keeps both orders of a pair on one rank: rollout.prompts"
+                f" = {config.rollout.prompts} must be a multiple of twice the {ranks.size} ranks"
+            )
 
         def load(path: Path = start) -> Any:
             return load_model(path, dtype=config.dtype, device=device)
@@ -116,9 +121,8 @@ class _Stage:
         for row in self.run.rows():  # as if the run had never stopped
             self.rewards.append(row["reward"])
             self.alarms.look(row)
-        self.stream = islice(
-            shuffled_epochs(self.prompts, self.config.seed), self.progress.drawn, None
-        )
+        orders = shuffled_epochs(self.prompts, self.config.seed)
+        self.stream = islice(chain.from_iterable(orders), self.progress.drawn, None)
         return self.progress
 
     def step(self, step: int) -> dict[str, Any]:
@@ -129,10 +133,16 @@ class _Stage:
         def reward(tasks: Sequence[Task], rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
             found = parse_verdicts([rollout.text for rollout in rollouts])
             verdicts.extend(found)
-            lengths = [len(rollout.token_ids) for rollout in rollouts]
-            limit, buffer = self.config.rollout.max_new_tokens, self.config.grpo.overlong_buffer
-            parts = {"correctness": correctness(found, [task.about for task in tasks])}
-            return parts | ({"overlong": overlong(lengths, limit, buffer)} if buffer else {})
+            parts = weighed(
+                self.config.reward,
+                found,
+                [rollout.text for rollout in rollouts],
+                [len(rollout.token_ids) for rollout in rollouts],
+                [task.about for task in tasks],
+                limit=self.config.rollout.max_new_tokens,
+                buffer=self.config.grpo.overlong_buffer,
+            )
+            return {name: torch.tensor(part) for name, part in parts.items()}
 
         # Every step draws afresh, and a resumed step draws what it would have drawn.
         seed = self.config.seed * 1_000_003 + step
@@ -182,11 +192,22 @@ class _Stage:
         return counts["parsed"] / counts["all"]
 
 
-def _fitting_prompts(config: RlvrConfig, tokenizer: Any) -> tuple[list[Task], int]:
-    """Pairs with their prompts, longer ones dropped; how many were dropped."""
+def _fitting_prompts(config: RlvrConfig, tokenizer: Any) -> tuple[list[tuple[Task, ...]], int]:
+    """The prompt of each pair, in both orders where their agreement counts; how many were dropped.
+
+    Those are pairs with a prompt that is too long.
+    """
     pairs = training_pairs(config)
-    tasks = [Task(encode(tokenizer, config.prompt.render(pair)), pair) for pair in pairs]
-    kept = [task for task in tasks if len(task.token_ids) <= config.max_prompt_tokens]
+    both = config.reward.swap_consistency > 0
+    tasks = [
+        tuple(
+            Task(encode(tokenizer, config.prompt.render(shown)), shown)
+            for shown in ((pair, pair.swapped()) if both else (pair,))
+        )
+        for pair in pairs
+    ]
+    limit = config.max_prompt_tokens
+    kept = [orders for orders in tasks if all(len(task.token_ids) <= limit for task in orders)]
     if not kept:
         raise ValueError(
             f"all {len(tasks)} prompts are longer than max_prompt_tokens"
@@ -195,9 +216,11 @@ def _fitting_prompts(config: RlvrConfig, tokenizer: Any) -> tuple[list[Task], in
     return kept, len(tasks) - len(kept)
 
 
-def _check_positions(config: RlvrConfig, prompts: Sequence[Task], positions: int) -> None:
+def _check_positions(
+    config: RlvrConfig, prompts: Sequence[tuple[Task, ...]], positions: int
+) -> None:
     """Refuse before the first step what the generator would refuse in the middle of the run."""
-    longest = max(len(task.token_ids) for task in prompts)
+    longest = max(len(task.token_ids) for orders in prompts for task in orders)
     if longest + config.rollout.max_new_tokens > positions:
         raise ValueError(
             f"the longest prompt ({longest} tokens) with rollout.max_new_tokens"

@@ -332,7 +332,7 @@ def test_the_reward_is_plus_or_minus_one() -> None:
     texts = [A, B, NONE, "", A, B, "<answer>[[tie]]</answer>", f"{A} no: {B}"]
     labels = ["A", "A", "A", "A", "B", "B", "B", "B"]
     found = correctness(parse_verdicts(texts), [pair(label) for label in labels])
-    assert found.tolist() == [1, -1, -1, -1, -1, 1, -1, 1]
+    assert found == [1, -1, -1, -1, -1, 1, -1, 1]
     with pytest.raises(ValueError, match="shorter"):
         correctness(parse_verdicts(texts), [pair("A")])
 
