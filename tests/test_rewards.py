@@ -118,7 +118,7 @@ def test_both_orders_need_their_room(wrong: dict[str, Any]) -> None:
 
 
 def test_a_run_with_every_part(rlvr_config: Any, tmp_path: Path) -> None:
-    """Both orders of a pair side by side, each part in the log, and a resumed run as if never cut."""
+    """Both orders of a pair side by side, and each part in the log."""
     from rmr1.rlvr import rlvr
 
     config = rlvr_config(
