@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from rmr1.answers import Answers, LocalModel, Progress
+from rmr1.answers import Answers, LocalModel, Progress, Reply
 from rmr1.data import Kind, Label, Message, Pair, pair_from_row
 from rmr1.engine.generator import Generator, SamplingParams
 from rmr1.engine.weights import load_model
@@ -82,13 +82,27 @@ def judge_pairs(
 
     `progress(done, total)` counts judgments, those of prompts that the model skips too.
     """
-    places = [(pair, placement) for pair in pairs for placement in placements]
-    shown = [pair if placement == "ab" else pair.swapped() for pair, placement in places]
-    chats = [prompt.render(pair) for pair in shown]
-    replies = model.answer(chats, sampling, progress=progress)
+    places = placed(pairs, placements)
+    chats = [prompt.render(pair) for pair, _ in places]
+    return judgments_of(places, model.answer(chats, sampling, progress=progress))
+
+
+def placed(pairs: Sequence[Pair], placements: Sequence[Placement]) -> list[tuple[Pair, Placement]]:
+    """Each pair in each placement, as it is shown there."""
+    return [
+        (pair if placement == "ab" else pair.swapped(), placement)
+        for pair in pairs
+        for placement in placements
+    ]
+
+
+def judgments_of(
+    places: Sequence[tuple[Pair, Placement]], replies: Sequence[Sequence[Reply]]
+) -> list[Judgment]:
+    """What a model replied about pairs as they were shown, read; [place][sample] in a row."""
     verdicts = iter(parse_verdicts([reply.text for samples in replies for reply in samples]))
     judgments = []
-    for pair, (_, placement), samples in zip(shown, places, replies, strict=True):
+    for (pair, placement), samples in zip(places, replies, strict=True):
         for index, reply in enumerate(samples):
             verdict = next(verdicts)
             judgments.append(
@@ -183,9 +197,8 @@ class Judge:
         if max_prompt_tokens is None:
             max_prompt_tokens = prompt_room(model.config.max_position_embeddings, max_new_tokens)
         self.model: Answers = LocalModel(Generator(model, tokenizer), tokenizer, max_prompt_tokens)
-        self.max_prompt_tokens = max_prompt_tokens
-        self._greedy = SamplingParams(n=1, temperature=0.0, max_new_tokens=max_new_tokens)
-        self._sampled = replace(self._greedy, temperature=temperature, top_p=top_p, seed=seed)
+        self.greedy = SamplingParams(n=1, temperature=0.0, max_new_tokens=max_new_tokens)
+        self.sampled = replace(self.greedy, temperature=temperature, top_p=top_p, seed=seed)
 
     def compare(
         self,
@@ -203,37 +216,77 @@ class Judge:
         order of the arguments; `samples` holds the single judgments. ValueError when an argument
         is malformed or the prompt is too long for the model.
         """
+        pair = pair_of(prompt, answer_a, answer_b)
+        return self.compare_all([pair], votes=votes, swap=swap)[0]
+
+    def compare_all(
+        self,
+        pairs: Sequence[Pair],
+        *,
+        votes: int = 1,
+        swap: bool = False,
+        progress: Progress | None = None,
+    ) -> list[Judgment]:
+        """`compare` for many pairs at once (see `pair_of`), in their order.
+
+        Raises:
+            ValueError: a prompt is too long for the model.
+        """
+        judgments = judge_pairs(
+            self.model,
+            pairs,
+            prompt=self.prompt,
+            sampling=self.sampling(votes),
+            placements=placements_of(swap=swap),
+            progress=progress,
+        )
+        each = len(judgments) // max(1, len(pairs))
+        return [vote(judgments[at : at + each]) for at in range(0, len(judgments), each or 1)]
+
+    def sampling(self, votes: int) -> SamplingParams:
+        """Greedy for one vote, sampled for several."""
         if votes < 1:
             raise ValueError(f"argument votes must be at least 1, got {votes}")
-        if isinstance(prompt, str):
-            if not prompt.strip():
-                raise ValueError("argument prompt must not be empty")
-            prompt = [{"role": "user", "content": prompt}]
-        pair = pair_from_row(
-            {
-                "id": "compare",
-                "source": "compare",
-                "conversation": list(prompt),
-                "answer_a": answer_a,
-                "answer_b": answer_b,
-                "label": "A",  # a stand-in that no template shows; taken out below
-                "kind": "chat",
-            }
+        return self.greedy if votes == 1 else replace(self.sampled, n=votes)
+
+
+def placements_of(*, swap: bool) -> Sequence[Placement]:
+    """One placement, or both."""
+    return BOTH_PLACEMENTS if swap else ("ab",)
+
+
+def pair_of(prompt: str | Sequence[Message], answer_a: str, answer_b: str) -> Pair:
+    """A pair whose better answer nobody knows; ValueError names what is malformed.
+
+    Its label is a stand-in, which no template shows and `vote` takes out.
+    """
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise ValueError("argument prompt must not be empty")
+        prompt = [{"role": "user", "content": prompt}]
+    return pair_from_row(
+        {
+            "id": "compare",
+            "source": "compare",
+            "conversation": list(prompt),
+            "answer_a": answer_a,
+            "answer_b": answer_b,
+            "label": "A",
+            "kind": "chat",
+        }
+    )
+
+
+def vote(judgments: Sequence[Judgment]) -> Judgment:
+    """The majority of one pair's judgments, without a label; ValueError if nothing was judged."""
+    skipped = [one for one in judgments if one.skipped]
+    if skipped:
+        longest = max(one.prompt_tokens for one in judgments)
+        raise ValueError(
+            f"the prompt has {longest} tokens, more than this judge takes ({skipped[0].skipped});"
+            " shorten the answers, or lower max_new_tokens"
         )
-        samples = judge_pairs(
-            self.model,
-            [pair],
-            prompt=self.prompt,
-            sampling=self._greedy if votes == 1 else replace(self._sampled, n=votes),
-            placements=BOTH_PLACEMENTS if swap else ("ab",),
-        )
-        longest = max(one.prompt_tokens for one in samples)
-        if any(one.skipped for one in samples):
-            raise ValueError(
-                f"the prompt has {longest} tokens, over the limit of {self.max_prompt_tokens};"
-                " shorten the answers or raise max_prompt_tokens"
-            )
-        return majority([replace(one, label=None) for one in samples])
+    return majority([replace(one, label=None) for one in judgments])
 
 
 def prompt_room(max_positions: int, max_new_tokens: int) -> int:

@@ -175,11 +175,10 @@ def test_prompt_room() -> None:
 def judge_with(generator: FakeGenerator, **options: Any) -> Judge:
     """A Judge without a model directory."""
     judge = Judge.__new__(Judge)
-    judge.max_prompt_tokens = options.get("max_prompt_tokens", 10_000)
-    judge.model = LocalModel(generator, FakeTokenizer(), judge.max_prompt_tokens)
+    judge.model = LocalModel(generator, FakeTokenizer(), options.get("max_prompt_tokens"))
     judge.prompt = load_prompt("compact")
-    judge._greedy = GREEDY
-    judge._sampled = SamplingParams(temperature=0.7, max_new_tokens=16, seed=3)
+    judge.greedy = GREEDY
+    judge.sampled = SamplingParams(temperature=0.7, max_new_tokens=16, seed=3)
     return judge
 
 
@@ -220,7 +219,7 @@ def test_compare_bad_input(arguments: tuple[Any, ...], message: str) -> None:
 
 def test_compare_refuses_what_it_cannot_judge() -> None:
     judge = judge_with(FakeGenerator(prefers("good")), max_prompt_tokens=20)
-    with pytest.raises(ValueError, match="over the limit of 20"):
+    with pytest.raises(ValueError, match="more than this judge takes .prompt_too_long"):
         judge.compare("Why?", "good", "bad")
     with pytest.raises(ValueError, match="votes must be at least 1"):
         judge.compare("Why?", "good", "bad", votes=0)
@@ -255,7 +254,7 @@ def tiny_model(folder: Path) -> Path:
 
 def test_a_real_model_end_to_end(tmp_path: Path) -> None:
     judge = Judge(tiny_model(tmp_path / "model"), style="compact", max_new_tokens=12, seed=1)
-    assert judge.max_prompt_tokens == 1024 - 12
+    assert judge.model.max_prompt_tokens == 1024 - 12
     first = judge.compare("What is 2 + 2?", "4", "5")
     assert first == judge.compare("What is 2 + 2?", "4", "5")  # greedy: the same again
     assert first.verdict is None  # a random model keeps no format
@@ -265,5 +264,5 @@ def test_a_real_model_end_to_end(tmp_path: Path) -> None:
     assert many.votes["unparsed"] == 6
     assert len({one.text for one in many.samples}) > 1  # samples differ
     assert many == judge.compare("What is 2 + 2?", "4", "5", votes=3, swap=True)  # seeded
-    with pytest.raises(ValueError, match="over the limit of 1012"):
+    with pytest.raises(ValueError, match="2088 tokens, more than this judge takes"):
         judge.compare("What?", "x" * 2000, "y")
