@@ -38,6 +38,6 @@ extension = Extension(
 )
 
 setup(
-    packages=["rmr1", "rmr1.engine", "rmr1.kernels", "rmr1.tasks"],
+    packages=["rmr1", "rmr1.engine", "rmr1.kernels", "rmr1.serving", "rmr1.tasks"],
     ext_modules=[extension],
 )

@@ -21,6 +21,7 @@ VERBS = {
     "eval": ("rmr1.cli_eval", "Eval", "accuracy of a judge on tasks, pairs or RM-Bench"),
     "score": ("rmr1.cli_eval", "Score", "aggregate judgments by a benchmark's official rule"),
     "judge": ("rmr1.cli_judge", "JudgeOne", "compare two answers"),
+    "serve": ("rmr1.cli_serve", "Serve", "the judge over HTTP, with OpenAI's chat API beside it"),
     "trace": ("rmr1.cli_trace", "Trace", "judgments to distil from, by models behind an endpoint"),
     "logprobs": ("rmr1.cli_judge", "Logprobs", "log-probabilities of given tokens"),
     "data": (

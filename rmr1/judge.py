@@ -189,14 +189,15 @@ class Judge:
         less; `max_prompt_tokens=None` takes what the positions leave beside the answer.
         """
         directory = resolve_model(model_dir)
-        tokenizer = load_tokenizer(directory)
+        self.tokenizer = load_tokenizer(directory)
         model = load_model(directory, dtype=dtype, device=device)
         self.prompt = load_prompt(style) if isinstance(style, str) else style
         if max_new_tokens is None:
             max_new_tokens = min(1024, model.config.max_position_embeddings // 2)
         if max_prompt_tokens is None:
             max_prompt_tokens = prompt_room(model.config.max_position_embeddings, max_new_tokens)
-        self.model: Answers = LocalModel(Generator(model, tokenizer), tokenizer, max_prompt_tokens)
+        self.generator = Generator(model, self.tokenizer)
+        self.model = LocalModel(self.generator, self.tokenizer, max_prompt_tokens)
         self.greedy = SamplingParams(n=1, temperature=0.0, max_new_tokens=max_new_tokens)
         self.sampled = replace(self.greedy, temperature=temperature, top_p=top_p, seed=seed)
 

@@ -181,13 +181,18 @@ class Generator:
     # --- What streams call -----------------------------------------------------------------------
 
     def _add(
-        self, stream: RolloutStream, prompt: list[int], params: SamplingParams, number: int
+        self,
+        stream: RolloutStream,
+        prompt: list[int],
+        params: SamplingParams,
+        number: int,
+        draws_as: int | None,
     ) -> list[Sequence]:
         """One more request of a stream, checked."""
         tokens = self._tokens(prompt, params, f"prompts[{number}]")
         # While others run, whoever writes weights past torch's knowledge has to call `sync`.
         self._prepare([(len(tokens), params)], look=not self._streams)
-        return self._enqueue(stream, tokens, params, number)
+        return self._enqueue(stream, tokens, params, number, draws_as)
 
     def _cancel(self, sequence: Sequence) -> None:
         if self._streams.pop(sequence, None) is not None:
@@ -245,10 +250,15 @@ class Generator:
         return stream
 
     def _enqueue(
-        self, stream: RolloutStream, prompt: np.ndarray, params: SamplingParams, number: int
+        self,
+        stream: RolloutStream,
+        prompt: np.ndarray,
+        params: SamplingParams,
+        number: int,
+        draws_as: int | None = None,
     ) -> list[Sequence]:
         flags, stops = self._endings.flags(params), self._endings.stops(params)
-        request = Request(prompt, params, number, flags, stops)
+        request = Request(prompt, params, number, flags, stops, draws_as=draws_as)
         request.hash_blocks(self.block_size)
         sequences = new_sequences(request, self._numbers)
         assert self._generation is not None

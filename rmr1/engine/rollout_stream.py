@@ -75,14 +75,17 @@ class RolloutStream:
         """Samples that are neither finished nor cancelled."""
         return len(self._running)
 
-    def add(self, prompt: list[int], params: SamplingParams) -> int:
+    def add(self, prompt: list[int], params: SamplingParams, *, draws_as: int | None = None) -> int:
         """One more prompt; returns its number, from 0.
+
+        It draws what a prompt of that number draws, or of the number `draws_as`: with 0 the same as
+        in a call of its own, whatever came before it in this stream.
 
         Raises:
             ValueError: as `Generator.generate`; nothing else in the batch is touched.
         """
         number = len(self._samples)
-        self._take(self._generator._add(self, prompt, params, number))
+        self._take(self._generator._add(self, prompt, params, number, draws_as))
         return number
 
     def cancel(self, prompt: int, sample: int | None = None) -> None:

@@ -23,8 +23,8 @@ Array = np.ndarray
 class Request:
     """A prompt to be continued `params.n` times.
 
-    `index` is the prompt's place in its call: the noise depends on it. `flags` [V] and
-    `stops` say what ends a sample, see `endings.py`.
+    `index` is the prompt's place in its call: the noise depends on it, or on `draws_as` where that
+    is given. `flags` [V] and `stops` say what ends a sample, see `endings.py`.
     """
 
     tokens: Array  # [P] int64
@@ -33,6 +33,7 @@ class Request:
     flags: Array  # [V] uint8
     stops: StopStrings | None = None
     digests: list[bytes] = field(default_factory=list)
+    draws_as: int | None = None
 
     def hash_blocks(self, block_size: int) -> None:
         """Name what the prompt's full blocks hold."""
@@ -77,7 +78,8 @@ class Sequence:
 def new_sequences(request: Request, numbers: Iterator[int]) -> list[Sequence]:
     """The samples of a request; `numbers` gives each its place in the order of arrival."""
     seed, samples = request.params.seed, range(request.params.n)
-    prompt = request.params.first_prompt + request.index
+    index = request.index if request.draws_as is None else request.draws_as
+    prompt = request.params.first_prompt + index
     return [
         Sequence(request, sample, next(numbers), sequence_key(seed, prompt, sample))
         for sample in samples

@@ -1,0 +1,146 @@
+"""OpenAI's chat completions: their bodies, in and out, and how they become a request of ours."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from rmr1.data import Message
+from rmr1.engine.generator import Rollout, SamplingParams
+from rmr1.engine.rollout_stream import Piece
+
+
+class ChatMessage(BaseModel):
+    """A turn; its content is a text or a list of texts."""
+
+    model_config = ConfigDict(extra="ignore")
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _texts_only(cls, value: Any) -> Any:
+        if not isinstance(value, list):
+            return value
+        texts = [part.get("text") for part in value if isinstance(part, dict)]
+        if len(texts) != len(value) or not all(isinstance(text, str) for text in texts):
+            raise ValueError("only parts of type text can be read")
+        return "".join(map(str, texts))
+
+
+class ChatRequest(BaseModel):
+    """What a client may ask. What would change the answer and is not known here is refused."""
+
+    model_config = ConfigDict(extra="forbid")
+    model: str
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    n: int = Field(1, ge=1, le=64)
+    seed: int | None = Field(None, ge=0)
+    stop: str | list[str] | None = None
+    stream: bool = False
+    stream_options: dict[str, Any] | None = None
+    frequency_penalty: Literal[0] | None = None
+    presence_penalty: Literal[0] | None = None
+    logprobs: Literal[False] | None = None
+    # Taken note of by nobody, and harmless.
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+
+    def chat(self) -> list[Message]:
+        """The turns as a chat template takes them."""
+        turns: list[Message] = []
+        for turn in self.messages:
+            role = "system" if turn.role == "developer" else turn.role
+            turns.append({"role": role, "content": turn.content})
+        return turns
+
+    def sampling(self, longest: int, seed: int) -> SamplingParams:
+        """How to draw; `longest` is the server's cap, `seed` for who gives none."""
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        asked = self.max_completion_tokens or self.max_tokens or longest
+        return SamplingParams(
+            n=self.n,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            max_new_tokens=min(asked, longest),
+            stop=tuple(stop),
+            seed=seed if self.seed is None else self.seed,
+        )
+
+
+def completion(model: str, rollouts: Sequence[Rollout], prompt_tokens: int) -> dict[str, Any]:
+    """The whole answer."""
+    return {
+        **_head(model, "chat.completion"),
+        "choices": [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": one.text},
+                "logprobs": None,
+                "finish_reason": one.finish_reason,
+            }
+            for index, one in enumerate(rollouts)
+        ],
+        "usage": usage(prompt_tokens, sum(len(one.token_ids) for one in rollouts)),
+    }
+
+
+def usage(prompt_tokens: int, new_tokens: int) -> dict[str, int]:
+    """Tokens as OpenAI names them."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": new_tokens,
+        "total_tokens": prompt_tokens + new_tokens,
+    }
+
+
+async def events(
+    model: str, pieces: AsyncGenerator[Piece], prompt_tokens: int, *, with_usage: bool
+) -> AsyncIterator[bytes]:
+    """The answer as server-sent events, a piece each."""
+    head = _head(model, "chat.completion.chunk")
+    begun: set[int] = set()
+    new_tokens = 0
+    try:
+        async for piece in pieces:
+            delta: dict[str, Any] = {"content": piece.text}
+            if piece.sample not in begun:
+                begun.add(piece.sample)
+                delta["role"] = "assistant"
+            rollout = piece.rollout
+            if rollout is not None:
+                new_tokens += len(rollout.token_ids)
+            reason = None if rollout is None else rollout.finish_reason
+            choice = {"index": piece.sample, "delta": delta, "finish_reason": reason}
+            yield _event({**head, "choices": [choice]})
+        if with_usage:
+            yield _event({**head, "choices": [], "usage": usage(prompt_tokens, new_tokens)})
+        yield b"data: [DONE]\n\n"
+    finally:
+        await pieces.aclose()  # a client that has gone takes its samples out of the batch
+
+
+def _event(data: dict[str, Any]) -> bytes:
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
+
+
+def _head(model: str, kind: str) -> dict[str, Any]:
+    return {
+        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": model,
+    }

@@ -1,0 +1,90 @@
+"""What a request must be before it is looked at: allowed, not too large, and sent in time."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+OPEN_PATHS = ("/healthz",)  # a load balancer has no token
+BODY_SECONDS = 30.0  # in which a body must have come
+
+
+def error_body(message: str, kind: str, param: str | None = None) -> dict[str, Any]:
+    """An error as OpenAI's clients read it."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": None}}
+
+
+class Limits:
+    """ASGI middleware: bearer token, size of the body, time to send it."""
+
+    def __init__(self, app: App, *, token: str, max_body_bytes: int) -> None:
+        self.app, self._token, self._most = app, token.encode(), max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI's specification."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        if not self._allowed(scope):
+            told = "the bearer token is missing or wrong; send Authorization: Bearer <token>"
+            await _refuse(send, 401, told, "authentication_error", ("www-authenticate", "Bearer"))
+            return
+        try:
+            body = await asyncio.wait_for(_whole(receive, self._most), BODY_SECONDS)
+        except TimeoutError:
+            told = f"the body did not come within {BODY_SECONDS:.0f} s"
+            await _refuse(send, 408, told, "invalid_request_error")
+            return
+        if body is None:
+            told = f"the body is larger than {self._most:,} bytes; send less"
+            await _refuse(send, 413, told, "invalid_request_error")
+            return
+        given = False
+
+        async def again() -> Message:
+            nonlocal given
+            if given:
+                return await receive()  # what comes now is that the client has gone
+            given = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await self.app(scope, again, send)
+
+    def _allowed(self, scope: Scope) -> bool:
+        if not self._token or scope["path"] in OPEN_PATHS:
+            return True
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        kind, _, token = given.partition(b" ")
+        # In constant time: how much of a guess is right must not show.
+        return secrets.compare_digest(token.strip(), self._token) and kind.lower() == b"bearer"
+
+
+async def _whole(receive: Receive, most: int) -> bytes | None:
+    """The body, or None where it is too large."""
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return bytes(body)
+        body += message.get("body", b"")
+        if len(body) > most:
+            return None
+        if not message.get("more_body"):
+            return bytes(body)
+
+
+async def _refuse(send: Send, status: int, told: str, kind: str, *headers: tuple[str, str]) -> None:
+    data = json.dumps(error_body(told, kind)).encode()
+    shown = [("content-type", "application/json"), ("content-length", str(len(data))), *headers]
+    pairs = [(name.encode(), value.encode()) for name, value in (*shown, ("connection", "close"))]
+    await send({"type": "http.response.start", "status": status, "headers": pairs})
+    await send({"type": "http.response.body", "body": data})
