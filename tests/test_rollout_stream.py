@@ -107,6 +107,19 @@ def by_place(finished: list[Finished]) -> dict[tuple[int, int], Rollout]:
 # --- Whole samples -------------------------------------------------------------------------------
 
 
+def test_a_later_prompt_may_draw_as_the_first(model: CausalLM, tokenizer: Any) -> None:
+    """A server's answers must not depend on how many came before."""
+    params = SamplingParams(n=2, temperature=1.0, max_new_tokens=8, seed=5)
+    alone = Generator(model, tokenizer).generate([PROMPTS[0]], params)[0]
+    stream = Generator(model, tokenizer).stream([PROMPTS[1]], params)
+    as_first = stream.add(PROMPTS[0], params, draws_as=0)
+    as_itself = stream.add(PROMPTS[0], params)
+    found = by_place(list(stream))
+    for sample in range(2):
+        assert found[as_first, sample].token_ids == alone[sample].token_ids
+    assert any(found[as_itself, s].token_ids != alone[s].token_ids for s in range(2))
+
+
 def test_samples_come_as_they_finish(model: CausalLM, tokenizer: Any) -> None:
     generator = Generator(model, tokenizer)
     stream = generator.stream(PROMPTS[:3], [greedy(20), greedy(3), greedy(9, n=2)])
