@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rmr1.config import SftConfig
 from rmr1.data import Pair, shuffled_epochs
+from rmr1.engine.cache_plan import free_memory
 from rmr1.engine.checkpoint import Progress, restore_trainer
 from rmr1.engine.flops import peak_flops, throughput
 from rmr1.engine.memory_plan import peak_memory
@@ -24,9 +25,10 @@ from rmr1.engine.packing import Counts, Responses, pack
 from rmr1.engine.ranks import Ranks
 from rmr1.engine.trainer import NotFinite, Trainer
 from rmr1.engine.weights import load_model, read_config
+from rmr1.memory import prepare_memory
 from rmr1.models import load_tokenizer, resolve_model
 from rmr1.prompts import encode
-from rmr1.run import Run, prepare_memory, refuse_another_model, training_pairs
+from rmr1.run import Run, refuse_another_model, training_pairs
 from rmr1.stages import OnStart, OnStep, run_steps, trained
 
 
@@ -59,8 +61,9 @@ class _Stage:
         self.per_epoch = math.ceil(len(self.traces) / config.batch_size)
         self.steps = config.epochs * self.per_epoch
         refuse_another_model(run.checkpoint, start)
+        free = free_memory(device)
         model = load_model(run.checkpoint or start, dtype=config.dtype, device=device)
-        prepare_memory(model, config, ranks, reference=False)
+        advice = prepare_memory(model, config, ranks, free)
         self.trainer = Trainer(
             model,
             config.optim,
@@ -68,6 +71,7 @@ class _Stage:
             max_micro_tokens=config.max_micro_tokens,
             ranks=ranks,
             zero=config.zero,
+            advice=advice,
         )
         peak = peak_flops(device, model.lm_head_weight.dtype)
         self.peak_flops = None if peak is None else peak * ranks.size

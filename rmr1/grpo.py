@@ -143,6 +143,7 @@ class Grpo:
                 max_micro_tokens=trainer.max_micro_tokens,
                 temperature=trainer.temperature,
                 ranks=trainer.ranks,
+                advice=trainer.advice,
             )
 
 

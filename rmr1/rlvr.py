@@ -22,6 +22,7 @@ from torch import Tensor
 from rmr1.alarms import Alarms
 from rmr1.config import RlvrConfig
 from rmr1.data import shuffled_epochs
+from rmr1.engine.cache_plan import free_memory
 from rmr1.engine.checkpoint import Progress, restore_trainer
 from rmr1.engine.flops import peak_flops, throughput
 from rmr1.engine.generator import Rollout
@@ -32,16 +33,11 @@ from rmr1.engine.trainer import NotFinite, Trainer
 from rmr1.engine.weights import load_model
 from rmr1.group_sampling import Task
 from rmr1.grpo import Grpo
+from rmr1.memory import prepare_memory
 from rmr1.models import load_tokenizer, resolve_model
 from rmr1.prompts import encode
 from rmr1.rewards import weighed
-from rmr1.run import (
-    Run,
-    prepare_memory,
-    refuse_another_model,
-    sample_row,
-    training_pairs,
-)
+from rmr1.run import Run, refuse_another_model, sample_row, training_pairs
 from rmr1.stages import OnStart, OnStep, run_steps, trained
 from rmr1.verdict import Verdict, parse_verdicts
 
@@ -83,11 +79,12 @@ class _Stage:
             return load_model(path, dtype=config.dtype, device=device)
 
         refuse_another_model(run.checkpoint, start)
+        free = free_memory(device)
         policy = load(run.checkpoint or start)
         offloaded = config.grpo.offload_reference
         # r_ref is the model before RL. With beta 0 it is never loaded.
         reference = Reference(load, device, offload=offloaded) if config.grpo.beta > 0 else None
-        prepare_memory(policy, config, ranks, reference=reference is not None and not offloaded)
+        advice = prepare_memory(policy, config, ranks, free)
         _check_positions(config, self.prompts, policy.config.max_position_embeddings)
         self.trainer = Trainer(
             policy,
@@ -97,6 +94,7 @@ class _Stage:
             temperature=config.rollout.temperature,
             ranks=ranks,
             zero=config.zero,
+            advice=advice,
         )
         self.grpo = Grpo(
             self.trainer,

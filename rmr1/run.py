@@ -25,8 +25,6 @@ from rmr1.engine.checkpoint import (
     set_aside_damaged,
     step_of,
 )
-from rmr1.engine.memory_plan import plan_training
-from rmr1.engine.model import CausalLM
 from rmr1.engine.ranks import Ranks
 from rmr1.engine.tensor_files import write_tensors
 from rmr1.engine.trainer import NotFinite, Trainer
@@ -238,19 +236,3 @@ def sample_row(stage: str, step: int, pair: Pair, text: str, verdict: str | None
         "verdict": verdict,
         "label": pair.label,
     }
-
-
-def prepare_memory(model: CausalLM, config: RunConfig, ranks: Ranks, *, reference: bool) -> None:
-    """Switch on what the configuration says to recompute, and tell what training will take."""
-    model.recompute(config.recompute, config.recompute_layers)
-    plan = plan_training(
-        model.config,
-        model.lm_head_weight.dtype,
-        micro_tokens=config.max_micro_tokens,
-        reference=reference,
-        recompute=config.recompute,
-        recompute_layers=config.recompute_layers,
-        ranks=ranks.size,
-        zero=config.zero,
-    )
-    _log.info("%s, with micro-batches of %s tokens", plan, f"{config.max_micro_tokens:,}")

@@ -334,7 +334,7 @@ def test_what_is_drawn_lies_in_memory_of_its_own(
     assert rows == 16
     assert len(places) == 1
     # In several pieces, each of which overwrites the one before.
-    monkeypatch.setitem(generation._LOGITS, "cpu", 3 * VOCABULARY)
+    monkeypatch.setitem(generation.MOST_LOGITS, "cpu", 3 * VOCABULARY)
     generator = Generator(model, tokenizer)
     assert generator.generate(prompts, params) == plain
     inside = generator._generation

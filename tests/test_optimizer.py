@@ -12,8 +12,11 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rmr1.engine.model import CausalLM, ModelConfig
 from rmr1.engine.optim_config import OptimConfig, learning_rate
 from rmr1.engine.optimizer import Optimizer
+from rmr1.engine.packing import pack
+from rmr1.engine.scorer import Scorer
 
 
 @pytest.mark.parametrize(
@@ -51,11 +54,10 @@ def descend(net: nn.Module, optimizer: Optimizer, updates: range) -> dict[str, T
     gradients = {}
     for update in updates:
         x = torch.randn(11, 5, generator=torch.Generator().manual_seed(update))
-        net(x.to(next(net.parameters()).dtype)).square().mean().backward()
+        optimizer.backward(net(x.to(next(net.parameters()).dtype)).square().mean())
         gradients = {
             name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None
         }
-        optimizer.take_gradients()
         assert optimizer.step(0.01) > 0
         assert all(parameter.grad is None for parameter in net.parameters())
     return gradients
@@ -136,8 +138,7 @@ def test_weights_in_16_bits_are_trained_through_copies_in_32(tmp_path: Path) -> 
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     optimizer = Optimizer(net, config)
     for _ in range(3):
-        net(torch.ones(2, 5, dtype=torch.bfloat16)).square().mean().backward()
-        optimizer.take_gradients()
+        optimizer.backward(net(torch.ones(2, 5, dtype=torch.bfloat16)).square().mean())
         optimizer.step(1e-5)
     saved = dict(optimizer.state())
     weight, master = net.get_parameter("0.weight"), saved["master.0.weight"]
@@ -159,9 +160,77 @@ def test_gradients_in_16_bits_are_added_up_in_32() -> None:
     net = nn.Linear(1, 1, bias=False).to(torch.bfloat16)
     optimizer = Optimizer(net, OptimConfig(max_grad_norm=1e9))
     for value in (256.0, 1.0, 1.0):  # in bf16 256 + 1 is 256
-        net.weight.grad = torch.full_like(net.weight, value)
-        optimizer.take_gradients()
+        optimizer.backward(net.weight.sum() * value)
     assert optimizer.step(1e-3) == 258.0
+
+
+@pytest.mark.parametrize("kind", ["elementwise", "layer"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_in_16_bits_are_let_go_of_one_by_one(kind: Any, tied: bool) -> None:
+    """Each goes to its fp32 copy as soon as it is whole, and no bit is another."""
+    config = ModelConfig(
+        family="qwen3",
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+    )
+    torch.manual_seed(0)
+    model = CausalLM(config).to(torch.bfloat16)
+    model.recompute(kind)
+    parameters = dict(model.named_parameters())
+    batches = [pack([[3, 7, 9]], [[4, 5, 6, 1], [20, 1]], samples=2), pack([[8, 9]], [[7, 1]])]
+    sums: dict[str, Tensor] = {}
+    for batch in batches:
+        Scorer(model)(batch)[0].sum().backward()
+        for name, parameter in parameters.items():
+            assert parameter.grad is not None
+            more = parameter.grad.float()
+            sums[name] = sums[name].add_(more) if name in sums else more
+            parameter.grad = None
+
+    optimizer = Optimizer(model, OptimConfig())
+    alive: list[int] = []
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(
+            lambda _: alive.append(sum(p.grad is not None for p in parameters.values()))
+        )
+        for parameter in parameters.values()
+    ]
+    for batch in batches:
+        optimizer.backward(Scorer(model)(batch)[0].sum())
+    assert len(alive) == 2 * len(parameters)
+    assert set(alive) == {1}
+    assert bits({n: m.grad for n, m in optimizer._masters.items() if m.grad is not None}) == bits(
+        sums
+    )
+    for hook in hooks:
+        hook.remove()
+    # Somebody else's backward pass finds its gradients where torch leaves them.
+    Scorer(model)(batches[0])[0].sum().backward()
+    assert all(parameter.grad is not None for parameter in parameters.values())
+
+
+def test_a_backward_pass_that_fails_leaves_no_hook() -> None:
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    net = nn.Linear(1, 1, bias=False).to(torch.bfloat16)
+    optimizer = Optimizer(net, OptimConfig())
+    with pytest.raises(torch.OutOfMemoryError):
+        optimizer.backward(Fails.apply(net.weight).sum())
+    assert not net.weight._post_accumulate_grad_hooks
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

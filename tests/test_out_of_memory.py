@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,13 +66,57 @@ def test_the_real_error_of_a_cpu() -> None:
         RuntimeError(""),
         ValueError("can't allocate memory, but of another kind"),
         KeyboardInterrupt(),
-        MemoryError("of Python"),
     ],
 )
 def test_other_errors_pass_unchanged(error: BaseException) -> None:
     with pytest.raises(type(error)) as caught, advising("lower a_setting"):
         raise error
     assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "out of memory; lower a_setting"),
+        (MemoryError("std::bad_alloc"), "out of memory; lower a_setting"),
+        (MemoryError("Unable to allocate 9 GiB"), "out of memory (Unable to allocate 9 GiB); "),
+    ],
+)
+def test_errors_of_python_numpy_and_our_own_code(error: MemoryError, message: str) -> None:
+    assert str(told(error)).startswith(message)
+
+
+def test_the_first_advice_stays() -> None:
+    with pytest.raises(MemoryError, match=r"^out of memory; lower one$"), advising("lower two"):  # noqa: SIM117
+        with advising("lower one"):
+            raise MemoryError
+
+
+# A product whose C++ needs as much memory again as its input has, which the process may not have.
+NATIVE = """
+import resource, torch
+from rmr1.engine.out_of_memory import advising
+from rmr1.kernels.linear import linear
+
+torch.set_num_threads(1)
+x, w = torch.zeros(1 << 20, 256), torch.zeros(1, 256)
+out = torch.empty(1 << 20, 1)
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + (1 << 28)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    with advising("lower a_setting"):
+        linear(x, w, out=out)
+except MemoryError as error:
+    print(repr(error.__cause__), "|", error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_real_error_of_native_code() -> None:
+    command = [sys.executable, "-c", NATIVE]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "MemoryError('std::bad_alloc') | out of memory; lower a_setting"
 
 
 def test_without_an_error_nothing_happens() -> None:

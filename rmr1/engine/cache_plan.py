@@ -11,7 +11,16 @@ import torch
 from rmr1.engine.model_config import ModelConfig
 
 # A share of what is free: training needs the rest.
-_DEFAULT_SHARE = 0.4
+DEFAULT_SHARE = 0.4
+# Tokens of a block, unless a generator is told another number.
+BLOCK_SIZE = 16
+# The most sequences of a generator that run at once; a GPU needs more of them to be busy.
+MOST_ROWS = {"cpu": 256, "cuda": 1024}
+# Tokens of a step. On a CPU a larger one computes nothing faster, and keeps the first token of
+# others waiting; on a GPU this is what a generator takes unless it is told otherwise.
+MOST_TOKENS = {"cpu": 1024, "cuda": 8192}
+# Logits are made for at most so many words at a time: 64 MB in fp32, on a GPU 1 GB.
+MOST_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 28}
 
 
 def free_memory(device: torch.device) -> int:
@@ -34,7 +43,7 @@ def free_memory(device: torch.device) -> int:
 
 def default_budget(device: torch.device) -> int:
     """Bytes of KV cache where nobody gave a number."""
-    return int(free_memory(device) * _DEFAULT_SHARE)
+    return int(free_memory(device) * DEFAULT_SHARE)
 
 
 def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:

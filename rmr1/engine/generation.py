@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rmr1.engine.block_pool import BlockPool
-from rmr1.engine.cache_plan import CachePlan
+from rmr1.engine.cache_plan import MOST_LOGITS, CachePlan
 from rmr1.engine.cuda_graphs import structure
 from rmr1.engine.detokenize import decode
 from rmr1.engine.endings import ENDS, MAY_END
@@ -35,8 +35,6 @@ from rmr1.kernels.sample import Drawn, sample
 
 # Words of a 16-bit head that a CPU converts at a time.
 _STRIP = 512
-# Logits are made for at most so many words at a time: 64 MB in fp32, on a GPU 1 GB.
-_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 28}
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +156,7 @@ class Generation:
             nothing = torch.empty(0)
             return Drawn(nothing.long(), nothing, nothing)
         head, device = self.model.lm_head_weight, hidden.device
-        piece = max(1, _LOGITS[device.type] // head.shape[0])
+        piece = max(1, MOST_LOGITS[device.type] // head.shape[0])
         draws = []
         for first in range(0, len(step.wanted), piece):
             began = time.perf_counter()
@@ -200,7 +198,7 @@ class Generation:
         words = len(hidden) * len(head)
         if self._logits_memory.numel() < words:
             # Its pages take memory only once they are written.
-            rows = max(len(hidden), min(self.max_rows, _LOGITS["cpu"] // len(head)))
+            rows = max(len(hidden), min(self.max_rows, MOST_LOGITS["cpu"] // len(head)))
             self._logits_memory = torch.empty(rows * len(head), dtype=torch.float32, device="cpu")
         out = self._logits_memory[:words].view(len(hidden), len(head))
         if hidden.dtype.itemsize > 2:

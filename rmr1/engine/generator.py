@@ -20,6 +20,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from rmr1.engine.cache_plan import (
+    BLOCK_SIZE,
+    MOST_ROWS,
+    MOST_TOKENS,
     CachePlan,
     blocks_for,
     bytes_per_token,
@@ -40,11 +43,6 @@ __all__ = ["Finished", "Generator", "Piece", "Rollout", "RolloutStream", "Sampli
 
 _log = logging.getLogger(__name__)
 
-# The most sequences that run at once; a GPU needs more of them to be busy.
-_MAX_CPU_ROWS, _MAX_ROWS = 256, 1024
-# On a CPU a larger step computes nothing faster, and keeps the first token of others waiting.
-_MAX_CPU_TOKENS = 1024
-
 
 class Generator:
     """Samples continuations from a `CausalLM`.
@@ -62,8 +60,8 @@ class Generator:
         tokenizer: Any,
         *,
         kv_memory_gb: float | None = None,
-        block_size: int = 16,
-        max_batch_tokens: int = 8192,
+        block_size: int = BLOCK_SIZE,
+        max_batch_tokens: int = MOST_TOKENS["cuda"],
     ) -> None:
         if kv_memory_gb is not None and not kv_memory_gb > 0:
             raise ValueError(f"kv_memory_gb must be above 0, got {kv_memory_gb!r}")
@@ -288,10 +286,10 @@ class Generator:
     def _new_generation(self) -> Generation:
         """With a KV cache for all calls to come: as much as is allowed and could find a use."""
         weight, config = self.model.lm_head_weight, self.model.config
-        tokens, rows = self.max_batch_tokens, _MAX_ROWS
-        if weight.device.type == "cpu":
-            tokens, rows = min(tokens, _MAX_CPU_TOKENS), _MAX_CPU_ROWS
-        rows = min(rows, tokens)
+        kind, tokens = weight.device.type, self.max_batch_tokens
+        if kind == "cpu":
+            tokens = min(tokens, MOST_TOKENS[kind])
+        rows = min(MOST_ROWS[kind], tokens)
         given = self.kv_memory_gb
         plan = plan_cache(
             budget=default_budget(weight.device) if given is None else int(given * 1e9),

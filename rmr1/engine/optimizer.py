@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -34,14 +35,22 @@ class Optimizer:
             fused=True,
         )
 
-    def take_gradients(self) -> None:
-        """Add gradients in 16 bits to those of the fp32 copies, as after each micro-batch."""
-        for name, master in self._masters.items():
-            gradient = self._named[name].grad
-            if master is not self._named[name] and gradient is not None:
-                more = gradient.to(master.dtype)
-                master.grad = more if master.grad is None else master.grad.add_(more)
-                self._named[name].grad = None
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss`, of one micro-batch of an update.
+
+        One in 16 bits goes to its fp32 copy's as soon as it is whole: all of them side by side
+        would take half as much memory again as the sums.
+        """
+        hooks = [
+            self._named[name].register_post_accumulate_grad_hook(partial(_hand_over, master))
+            for name, master in self._masters.items()
+            if master is not self._named[name]
+        ]
+        try:
+            torch.autograd.backward(loss)
+        finally:  # to others' backward passes these parameters are like any
+            for hook in hooks:
+                hook.remove()
 
     def step(self, rate: float) -> float:
         """Clip, step and forget the gradient: its norm before clipping.
@@ -93,6 +102,18 @@ class Optimizer:
                 # A copy of its own, where the fused kernel wants it: what was read may be a window
                 # on the checkpoint's file.
                 self.adamw.state[master][state] = value.to(master.device, copy=True)
+
+
+@torch.no_grad()
+def _hand_over(master: Tensor, parameter: Tensor) -> None:
+    """Add a parameter's gradient to that of its fp32 copy, and let go of it."""
+    gradient = parameter.grad
+    assert gradient is not None
+    if master.grad is None:
+        master.grad = gradient.to(master.dtype)
+    else:
+        master.grad.add_(gradient)
+    parameter.grad = None
 
 
 def parameter_groups(parameters: Iterable[Tensor], config: OptimConfig) -> list[dict[str, object]]:

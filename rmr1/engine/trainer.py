@@ -51,7 +51,8 @@ class StepStats:
 class Trainer:
     """A model with its optimiser. `updates` counts the updates made since the run began.
 
-    With several ranks every one of them is given the same batches and works on its share.
+    With several ranks every one of them is given the same batches and works on its share. `advice`
+    says what to change where memory runs out; it ends an error's sentence.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Trainer:
         temperature: float = 1.0,
         ranks: Ranks | None = None,
         zero: ZeroConfig | None = None,
+        advice: str | None = None,
     ) -> None:
         self.model = model
         self.config = config
@@ -76,6 +78,7 @@ class Trainer:
         self.total_updates = total_updates
         self.max_micro_tokens = max_micro_tokens
         self.temperature = temperature
+        self.advice = advice or _memory_advice(max_micro_tokens)
         self.updates = 0
         self.skipped = 0  # of those, the last ones in a row whose gradient was not finite
         self.device = model.lm_head_weight.device
@@ -99,12 +102,12 @@ class Trainer:
             # A rank that has nothing to do joins in: the others gather and reduce with it.
             part = batch.slice(*(run or (0, 1))).to(self.device)
             last = number == len(runs) - 1
-            with advising(_memory_advice(self.max_micro_tokens)):
+            with advising(self.advice):
                 self._add_gradient(
                     part, loss, counts, per_token, stats, empty=run is None, last=last
                 )
         sums = self.ranks.reduce({name: value.item() for name, value in stats.items()})
-        with self.phases("optimizer"), advising(_memory_advice(self.max_micro_tokens)):
+        with self.phases("optimizer"), advising(self.advice):
             rate = learning_rate(self.config, self.updates, self.total_updates)
             norm = self.updater.step(rate)
         self.updates += 1
@@ -158,14 +161,12 @@ class Trainer:
             self.max_micro_tokens,
             self.temperature,
             self.ranks,
+            self.advice,
         )
 
 
 def _memory_advice(max_micro_tokens: int) -> str:
-    return (
-        f"lower max_micro_tokens (now {max_micro_tokens}), set recompute to layer, or, on several"
-        " ranks, raise zero.stage"
-    )
+    return f"lower max_micro_tokens (now {max_micro_tokens})"
 
 
 def _accumulate(sums: dict[str, Tensor], stats: dict[str, Tensor]) -> None:
@@ -188,13 +189,22 @@ def score(
     max_micro_tokens: int = 8192,
     temperature: float = 1.0,
     ranks: Ranks | None = None,
+    advice: str | None = None,
 ) -> Tensor:
     """Log-probabilities under a model that is whole, without a gradient: [R] on the host.
 
-    Each rank scores its share of the batch, which all of them were given, and gets all.
+    Each rank scores its share of the batch, which all of them were given, and gets all. `advice`
+    is as in `Trainer`.
     """
-    device = model.lm_head_weight.device
-    return _score(Scorer(model), batch, device, max_micro_tokens, temperature, ranks or Ranks())
+    return _score(
+        Scorer(model),
+        batch,
+        model.lm_head_weight.device,
+        max_micro_tokens,
+        temperature,
+        ranks or Ranks(),
+        advice or _memory_advice(max_micro_tokens),
+    )
 
 
 @torch.no_grad()
@@ -205,9 +215,10 @@ def _score(
     max_micro_tokens: int,
     temperature: float,
     ranks: Ranks,
+    advice: str,
 ) -> Tensor:
     found = [torch.empty(0)]
-    with advising(_memory_advice(max_micro_tokens)):
+    with advising(advice):
         for run in shares(batch.groups, max_micro_tokens, ranks.size)[ranks.rank]:
             logprobs = scorer(batch.slice(*(run or (0, 1))).to(device), temperature)[0]
             if run is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from rmr1.engine.model import CausalLM
@@ -59,8 +58,7 @@ class Local:
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """See `Updater`."""
-        torch.autograd.backward(loss)
-        self.optimizer.take_gradients()
+        self.optimizer.backward(loss)
 
     def step(self, rate: float) -> float:
         """See `Updater`."""
