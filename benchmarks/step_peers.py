@@ -116,11 +116,11 @@ def rmr1(job: Job) -> dict[str, Any]:
     prompts = json.loads(Path(job["prompts"]).read_text())
     device = torch.device(job["device"])
 
-    def load() -> Any:
+    def load(device: torch.device) -> Any:
         return load_model(job["model"], dtype=job["dtype"], device=device)
 
     trainer = Trainer(
-        load(),
+        load(device),
         OptimConfig(learning_rate=1e-6),
         total_updates=1,
         max_micro_tokens=job["max_micro_tokens"],

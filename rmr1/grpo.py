@@ -80,7 +80,7 @@ class Grpo:
             top_p=rollout.top_p,
             max_new_tokens=rollout.max_new_tokens,
         )
-        self.prompts = rollout.prompts
+        self.prompts, self.release = rollout.prompts, rollout.release
         self.objective = objective_of(grpo, rollout.max_new_tokens)
         self.loss = _loss(self.objective)
         self.phases = Phases(trainer.device)
@@ -90,6 +90,8 @@ class Grpo:
         phase, trainer = self.phases, self.trainer
         drawn = self._sampler().draw(tasks, reward, seed=seed)
         chosen = drawn.chosen
+        if self.release:
+            self.generator.release(weights=not trainer.updater.whole)
         with phase("reward"):
             advantages = group_advantages(
                 chosen.rewards,

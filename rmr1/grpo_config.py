@@ -27,6 +27,11 @@ class RolloutConfig(Section):
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus; 1 samples from everything")
     max_new_tokens: int = Field(8192, ge=1, description="cap of a judgment's length")
     kv_memory_gb: float | None = Field(None, gt=0, description="KV cache; unset: what is free")
+    release: bool = Field(
+        False,
+        description="give back the generator's memory while the policy is updated: its KV cache"
+        " and, under zero.stage 3, its copy of the weights",
+    )
 
 
 class RewardConfig(Section):

@@ -22,6 +22,7 @@ _CHANGES: dict[str, tuple[Any, ...]] = {
     "recompute": ("layer",),
     "recompute_layers": (None,),
     "grpo.offload_reference": (True,),
+    "rollout.release": (True,),
     "zero.stage": (1, 2, 3),
     "zero.offload_optimizer": (True,),
 }
@@ -45,6 +46,7 @@ def plan_run(
             else "none",
             "per_token": objective_of(grpo, rollout.max_new_tokens).per_token,
             "rollout_tokens": rows * min(longest, model.max_position_embeddings),
+            "release": rollout.release,
             "kv_memory": None if given is None else int(given * 1e9),
         }
     return plan_training(

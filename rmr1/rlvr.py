@@ -27,6 +27,7 @@ from rmr1.engine.checkpoint import Progress, restore_trainer
 from rmr1.engine.flops import peak_flops, throughput
 from rmr1.engine.generator import Rollout
 from rmr1.engine.memory_plan import peak_memory
+from rmr1.engine.model import CausalLM
 from rmr1.engine.ranks import Ranks
 from rmr1.engine.reference import Reference
 from rmr1.engine.trainer import NotFinite, Trainer
@@ -75,12 +76,12 @@ class _Stage:
                 f" = {config.rollout.prompts} must be a multiple of twice the {ranks.size} ranks"
             )
 
-        def load(path: Path = start) -> Any:
+        def load(device: torch.device, path: Path = start) -> CausalLM:
             return load_model(path, dtype=config.dtype, device=device)
 
         refuse_another_model(run.checkpoint, start)
         free = free_memory(device)
-        policy = load(run.checkpoint or start)
+        policy = load(device, run.checkpoint or start)
         offloaded = config.grpo.offload_reference
         # r_ref is the model before RL. With beta 0 it is never loaded.
         reference = Reference(load, device, offload=offloaded) if config.grpo.beta > 0 else None
@@ -102,7 +103,7 @@ class _Stage:
             reference=reference,
             rollout=config.rollout,
             grpo=config.grpo,
-            sampler=None if self.trainer.updater.whole else load(run.checkpoint or start),
+            sampler=None if self.trainer.updater.whole else load(device, run.checkpoint or start),
         )
         peak = peak_flops(device, policy.lm_head_weight.dtype)
         self.peak_flops = None if peak is None else peak * ranks.size

@@ -48,7 +48,9 @@ FREE_TO_CHANGE = (
     "zero.offload_optimizer",
     "grpo.offload_reference",
     "rollout.kv_memory_gb",
+    "rollout.release",
     "rl.rollout.kv_memory_gb",  # as the demo names it
+    "rl.rollout.release",
 )
 
 

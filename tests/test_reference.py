@@ -26,8 +26,8 @@ class Loader:
         self.directory, self.loads = directory, 0
         self.made: list[weakref.ref[CausalLM]] = []
 
-    def __call__(self) -> CausalLM:
-        model = load_model(self.directory)
+    def __call__(self, device: torch.device) -> CausalLM:
+        model = load_model(self.directory, device=device)
         self.loads += 1
         self.made.append(weakref.ref(model))
         return model

@@ -145,7 +145,7 @@ class Judging:
         return Grpo(
             trainer,
             self.tokenizer,
-            reference=Reference(lambda: self.reference, torch.device("cpu")),
+            reference=Reference(lambda _: self.reference, torch.device("cpu")),
             rollout=rollouts,
             grpo=GrpoConfig(beta=0.1, **config),
         )

@@ -34,8 +34,9 @@ from rmr1.engine.endings import Endings
 from rmr1.engine.generation import Generation, Rollout
 from rmr1.engine.kv_cache import cache_dtype
 from rmr1.engine.model import CausalLM
+from rmr1.engine.released import give_back, take_back
 from rmr1.engine.rollout_stream import Finished, Piece, RolloutStream
-from rmr1.engine.sampling import SamplingParams
+from rmr1.engine.sampling import SamplingParams, one_each
 from rmr1.engine.sequences import Request, Sequence, new_sequences
 from rmr1.engine.weights_version import WeightsVersion, check_source, copy_weights
 
@@ -81,6 +82,8 @@ class Generator:
         self._dropped: deque[Sequence] = deque()  # of streams that nobody holds any more
         self._numbers = count()
         self._mixed = False  # weights, by a sync that failed
+        self._weightless = False  # by `release`
+        self._spent: dict[str, float] = {}  # in caches that are gone
 
     # --- What users call -------------------------------------------------------------------------
 
@@ -101,7 +104,7 @@ class Generator:
                 `max_new_tokens` is longer than the model's positions or than the KV cache, logits
                 that are not finite.
         """
-        settings = _one_each(params, len(prompts))
+        settings = one_each(params, len(prompts))
         stream = self._open(prompts, settings)
         finished = 0
         try:
@@ -129,7 +132,7 @@ class Generator:
             ValueError: as `generate`, before anything is computed.
         """
         prompts = prompts or []
-        return self._open(prompts, _one_each(params, len(prompts)))
+        return self._open(prompts, one_each(params, len(prompts)))
 
     def sync(self, source: nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> int:
         """Take over a trainer's new weights; returns their version, which later rollouts bear.
@@ -147,6 +150,11 @@ class Generator:
             source = source.state_dict()
         if isinstance(source, Mapping):
             check_source(self.model, source)  # nothing has been written if it does not fit
+        if self._weightless:
+            if isinstance(source, nn.Module):
+                raise ValueError("the weights were released; sync them from another model")
+            take_back(self.model)
+            self._weightless = False
         self._mixed = True  # until all is copied: it may be interrupted anywhere
         try:
             if not isinstance(source, nn.Module):
@@ -156,6 +164,25 @@ class Generator:
             self._version.bump()
             self._forget()
         return self._version.number
+
+    def release(self, *, weights: bool = False) -> None:
+        """Give back the memory of the KV cache; the next call takes it again.
+
+        With `weights` that of the model too: what they held is gone, and nothing can be generated
+        until `sync` brings new ones.
+
+        Raises:
+            ValueError: samples are running.
+        """
+        self._collect()
+        if self._streams:
+            raise ValueError("samples are running; close their streams before anything is released")
+        if self._generation is not None:
+            self._spent = self._generation.totals()
+        self._generation = None
+        if weights:
+            give_back(self.model)
+            self._weightless = True
 
     @property
     def plan(self) -> CachePlan | None:
@@ -232,6 +259,8 @@ class Generator:
                 "the last sync failed and left old and new weights side by side; sync again before"
                 " anything is generated"
             )
+        if self._weightless:
+            raise ValueError("the weights were released; sync before anything is generated")
         while self._dropped:
             self._cancel(self._dropped.popleft())
 
@@ -274,7 +303,7 @@ class Generator:
             self._forget()
         now = self._generation
         if not self._streams and (now is None or not now.fits()):
-            spent = {} if now is None else now.totals()
+            spent = self._spent if now is None else now.totals()
             self._generation = now = None  # its memory is free again before more is taken
             self._generation = self._new_generation()
             self._generation.spent.update(spent)
@@ -332,18 +361,3 @@ class Generator:
                 f"{config.max_position_embeddings} positions; shorten it or lower max_new_tokens"
             )
         return tokens.astype(np.int64)
-
-
-def _one_each(
-    params: SamplingParams | list[SamplingParams] | None, prompts: int
-) -> list[SamplingParams]:
-    if isinstance(params, list | tuple):
-        if len(params) != prompts:
-            raise ValueError(
-                f"params is a list of {len(params)}, and there are {prompts} prompts; give one"
-                " SamplingParams for all, or one each"
-            )
-        return list(params)
-    if params is None and prompts:
-        raise ValueError("params is missing: prompts need a SamplingParams")
-    return [params] * prompts if params is not None else []

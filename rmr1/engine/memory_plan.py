@@ -77,6 +77,7 @@ def plan_training(
     zero: ZeroConfig | None = None,
     reference: Literal["none", "resident", "offloaded"] = "none",
     rollout_tokens: int = 0,
+    release: bool = False,
     kv_memory: int | None = None,
     device_memory: int = 0,
 ) -> MemoryPlan:
@@ -88,6 +89,7 @@ def plan_training(
         reference: a model that scores; `offloaded`, it is there only while it does.
         rollout_tokens: what samples that run at the same time have in the KV cache at most; 0
             where nothing is generated.
+        release: whether the generator's memory is given back while nothing is generated.
         kv_memory: bytes of the KV cache; None: its share of what `device_memory` has left.
         device_memory: bytes of the device, with nothing on it.
     """
@@ -98,19 +100,22 @@ def plan_training(
     gradients, always = _gradients(count, size, ranks, stage, on_host, device)
     moments = {} if on_host else {"moments": 8 * count // ranks}
     held = {"weights": count * size // (ranks if stage == 3 else 1)}
-    if stage == 3 and rollout_tokens:
-        held["generator's copy"] = count * size
     if reference == "resident":
         held["reference"] = count * size
     if (stage or size < 4) and not on_host:
         held["fp32 copies"] = 4 * count // ranks
+    generator: dict[str, int] = {}
     if rollout_tokens:
+        if stage == 3:
+            generator["generator's copy"] = count * size
         # The cache is taken in the first step, when one process has no moments yet.
-        taken = sum((held | (moments if stage else {}) | always).values())
+        taken = sum((held | generator | (moments if stage else {}) | always).values())
         share = int(max(0, device_memory - taken) * DEFAULT_SHARE)
         budget = share if kv_memory is None else kv_memory
-        held["KV cache"] = _cache(config, dtype, device, budget, rollout_tokens)
+        generator["KV cache"] = _cache(config, dtype, device, budget, rollout_tokens)
     held |= moments | always
+    rolling = held | generator
+    held |= {} if release else generator
 
     kept = micro_tokens * activation_bytes(config, dtype, recompute, recompute_layers)
     passing = _passing(config, dtype, micro_tokens, device, per_token)
@@ -121,7 +126,7 @@ def plan_training(
     if rollout_tokens:
         rows = min(MOST_ROWS[device] * config.vocab_size, MOST_LOGITS[device])
         drawing = MOST_TOKENS[device] * _forward_bytes(config, dtype)
-        phases["rollout"] = held | {"activations": drawing, "logits": 4 * rows}
+        phases["rollout"] = rolling | {"activations": drawing, "logits": 4 * rows}
     return MemoryPlan(phases)
 
 

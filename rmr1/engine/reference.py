@@ -11,26 +11,30 @@ from rmr1.engine.model import CausalLM
 
 
 class Reference:
-    """A model that is read and never trained.
+    """A model that is read and never trained; `load` makes it on the device that it is given.
 
     With `offload` it takes no memory of the device between uses: beside a GPU it waits in host
     memory, and on a CPU it is loaded anew for each use.
     """
 
     def __init__(
-        self, load: Callable[[], CausalLM], device: torch.device, *, offload: bool = False
+        self,
+        load: Callable[[torch.device], CausalLM],
+        device: torch.device,
+        *,
+        offload: bool = False,
     ) -> None:
         self._load, self._device, self._offload = load, device, offload
         self._on_host = offload and device.type == "cuda"
-        self._model = None if offload and not self._on_host else self._fresh()
-        if self._on_host and self._model is not None:
-            self._model.to("cpu")
+        self._model: CausalLM | None = None
+        if not offload or self._on_host:
+            self._model = self._fresh(torch.device("cpu") if offload else device)
 
     @contextmanager
     def ready(self) -> Iterator[CausalLM]:
         """The model, on the device."""
         if self._model is None:
-            yield self._fresh()
+            yield self._fresh(self._device)
             return
         try:
             yield self._model.to(self._device)
@@ -38,5 +42,5 @@ class Reference:
             if self._on_host:
                 self._model.to("cpu")
 
-    def _fresh(self) -> CausalLM:
-        return self._load().requires_grad_(False)
+    def _fresh(self, device: torch.device) -> CausalLM:
+        return self._load(device).requires_grad_(False)

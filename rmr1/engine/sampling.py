@@ -70,6 +70,22 @@ class SamplingParams:
             raise ValueError(f"stop_token_ids must hold token ids, got {self.stop_token_ids!r}")
 
 
+def one_each(
+    params: SamplingParams | list[SamplingParams] | None, prompts: int
+) -> list[SamplingParams]:
+    """Parameters of each of so many prompts; ValueError where there are others."""
+    if isinstance(params, list | tuple):
+        if len(params) != prompts:
+            raise ValueError(
+                f"params is a list of {len(params)}, and there are {prompts} prompts; give one"
+                " SamplingParams for all, or one each"
+            )
+        return list(params)
+    if params is None and prompts:
+        raise ValueError("params is missing: prompts need a SamplingParams")
+    return [params] * prompts if params is not None else []
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
