@@ -31,6 +31,11 @@ VERBS = {
     ),
     "report": ("rmr1.cli_tools", "Report", "the HTML report of a run"),
     "export": ("rmr1.cli_tools", "Export", "a checkpoint's model as a plain model directory"),
+    "plan": (
+        "rmr1.cli_plan",
+        "Plan",
+        "whether a recipe fits some GPUs, and its time by estimate",
+    ),
     "bench": ("rmr1.cli_tools", "Bench", "run the benchmarks"),
     "doctor": ("rmr1.cli_tools", "Doctor", "what this machine and installation can do"),
 }

@@ -20,7 +20,7 @@ class Trace(TraceConfig, Verb):
     Each judgment is checked: its verdict must be the pair's label. Interrupted, the same command
     goes on where it stopped; what was answered is never asked for again.
 
-    rmr1 trace recipes/trace.toml --pairs pairs.jsonl --output traces.jsonl --max_cost 20
+    rmr1 trace recipes/trace-rm-r1.toml --pairs pairs.jsonl --output traces.jsonl --max_cost 20
     rmr1 trace --pairs p.jsonl --teacher.model m --teacher.base_url http://localhost:8000/v1
     """
 

@@ -17,12 +17,15 @@ from pydantic_settings import CliPositionalArg
 from rich.console import Console
 
 from rmr1.cli_arguments import SETTINGS, Verb
-from rmr1.config import RlvrConfig, SftConfig
+from rmr1.config import RlvrConfig, SftConfig, to_toml
 from rmr1.data import read_rows
 from rmr1.demo_config import DemoConfig
 from rmr1.engine.launch import launched
 from rmr1.terminal import Phase, phase, print_table
 
+DRY_RUN = Field(
+    False, alias="dry-run", description="resolve, check and print the configuration, then end"
+)
 TOML = Field("", description="TOML file; options given beside it win over the file")
 
 
@@ -68,6 +71,7 @@ class Sft(SftConfig, Verb):
 
     model_config = SETTINGS
     config_file: CliPositionalArg[str] = TOML
+    dry_run: bool = DRY_RUN
 
     def run(self) -> int:
         """Run or resume stage 1."""
@@ -75,6 +79,8 @@ class Sft(SftConfig, Verb):
         from rmr1.models import resolve_model
 
         config = SftConfig.model_validate(self.model_dump(include=set(SftConfig.model_fields)))
+        if self.dry_run:
+            return _dry_run(config)
         if not _speaks():
             distill(config)
             return 0
@@ -93,6 +99,7 @@ class Rlvr(RlvrConfig, Verb):
 
     model_config = SETTINGS
     config_file: CliPositionalArg[str] = TOML
+    dry_run: bool = DRY_RUN
 
     def run(self) -> int:
         """Run or resume stage 2."""
@@ -100,6 +107,8 @@ class Rlvr(RlvrConfig, Verb):
         from rmr1.rlvr import rlvr
 
         config = RlvrConfig.model_validate(self.model_dump(include=set(RlvrConfig.model_fields)))
+        if self.dry_run:
+            return _dry_run(config)
         if not _speaks():
             rlvr(config)
             return 0
@@ -108,6 +117,26 @@ class Rlvr(RlvrConfig, Verb):
             follow = partial(_follow, bar, ("reward", "kl", "entropy"))
             model = rlvr(config, on_start=bar.begin, on_step=follow)
         return _finish(config, str(model))
+
+
+def _dry_run(config: SftConfig | RlvrConfig) -> int:
+    """Print the whole configuration, as a run would write it, and on stderr what is not here."""
+    from rmr1.engine.weights import read_config
+    from rmr1.run import refuse_changes
+
+    print(to_toml(config), end="")
+    folder = Path(config.model)
+    known = config.model in ("pocket", "smollm2")
+    if not known and not (folder / "config.json").is_file():
+        print(f"model: no {folder}/config.json here", file=sys.stderr)
+    elif not known:
+        read_config(folder)  # ValueError says what this project cannot compute
+    if config.data.path and not Path(config.data.path).is_file():
+        print(f"data.path: no {config.data.path} here", file=sys.stderr)
+    if (config.directory / "config.toml").is_file():
+        refuse_changes(config.directory, config)
+        print(f"{config.directory} is there already and would be resumed", file=sys.stderr)
+    return 0
 
 
 def _speaks() -> bool:

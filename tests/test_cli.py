@@ -519,7 +519,7 @@ def test_nothing_but_long_prompts(
 def test_a_long_prompt_of_judge(refused: Refused, tiny_model: Path) -> None:
     args = ("judge", "--model", tiny_model, "--answer_a", "4 " * 50, "--answer_b", "5")
     told = refused(*args, "--prompt", "2 + 2", "--prompt_style", "compact")
-    assert re.search(r"the prompt has \d\d tokens, over the limit of 32", told)
+    assert re.search(r"the prompt has \d\d tokens, more than this judge takes", told)
 
 
 # --- Verbs that work -----------------------------------------------------------------------------

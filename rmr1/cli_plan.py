@@ -1,0 +1,189 @@
+"""The verb that says whether a recipe fits some GPUs and how long it may take: plan."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+from pydantic_settings import CliPositionalArg
+from rich.console import Console
+from rich.table import Table
+
+from rmr1.cli_arguments import Verb
+from rmr1.config import RlvrConfig, SftConfig, load_config
+from rmr1.gpus import GPUS, MEMORY_SHARE, NODE
+
+if TYPE_CHECKING:
+    from rmr1.engine.model_config import ModelConfig
+
+
+class Plan(Verb):
+    """Memory by part on each GPU, whether it fits, what to change, and an estimate of the time.
+
+    rmr1 plan recipes/rlvr-qwen2.5-7b.toml --model_config recipes/models/qwen2.5-7b.json
+    rmr1 plan RECIPE --model_config CONFIG.json --gpu h200 --gpus 16
+
+    Nothing is loaded. Without --gpus: one GPU, then 2, 4 and 8, then two nodes, four and eight.
+    """
+
+    recipe: CliPositionalArg[str] = Field(description="TOML file of a stage, `sft` or `rlvr`")
+    model_config_file: str = Field(
+        "",
+        alias="model_config",
+        description="the model's config.json; empty: the recipe's model's",
+    )
+    gpu: Literal["a100", "h100", "h200", "b200", "mi300x"] = Field("h100", description="which")
+    gpus: int | None = Field(None, ge=1, description="how many")
+    prompt_tokens: int = Field(1200, ge=1, description="mean length of a prompt")
+    judgment_tokens: int = Field(800, ge=1, description="mean length of a judgment (the paper's)")
+    traces: int = Field(8753, ge=1, description="sft: how many there are (the paper's)")
+    json_output: bool = Field(False, alias="json", description="print as JSON")
+
+    def run(self) -> int:
+        """Plan and print; exit code 1 when it does not fit on --gpus."""
+        config, model = _recipe(self.recipe), self._model()
+        counts = [self.gpus] if self.gpus else [1, 2, 4, NODE, 2 * NODE, 4 * NODE, 8 * NODE]
+        found = [self._plan(config, model, count) for count in counts]
+        if self.json_output:
+            print(json.dumps(found))
+        else:
+            _print(found, self.gpu)
+        return 0 if any(one["fits"] for one in found) else 1
+
+    def _model(self) -> ModelConfig:
+        from rmr1.engine.model_config import ModelConfig
+
+        path = Path(self.model_config_file) if self.model_config_file else None
+        if path is None:
+            name = tomllib.loads(Path(self.recipe).read_text(encoding="utf-8")).get("model", "")
+            path = Path(str(name)) / "config.json"
+        try:
+            return ModelConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except OSError as error:
+            raise ValueError(
+                f"{path}: cannot be read ({error.strerror}); name the model's config.json with"
+                " --model_config, such as one of recipes/models"
+            ) from None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: no JSON ({error}); give the model's config.json") from None
+
+    def _plan(
+        self, config: SftConfig | RlvrConfig, model: ModelConfig, gpus: int
+    ) -> dict[str, Any]:
+        from rmr1.memory import memory_advice, plan_run
+        from rmr1.step_estimate import Lengths, rlvr_estimate, sft_estimate
+
+        gpu = GPUS[self.gpu]
+        usable = int(gpu.memory * MEMORY_SHARE)
+        here: Any = {"ranks": gpus, "device": "cuda", "device_memory": usable}
+        memory = plan_run(config, model, **here)
+        lengths = Lengths(self.prompt_tokens, self.judgment_tokens)
+        if isinstance(config, RlvrConfig):
+            cache = memory.phases["rollout"].get("KV cache", 0)
+            estimate = rlvr_estimate(config, model, gpu, gpus, lengths, cache)
+        else:
+            estimate = sft_estimate(config, model, gpu, gpus, lengths, self.traces)
+        fits = memory.total <= usable and all(cache_fits(parts) for parts in memory.phases.values())
+        return {
+            "gpus": gpus,
+            "fits": fits,
+            "needed_gb": memory.total / 1e9,
+            "usable_gb": usable / 1e9,
+            "host_gb_a_node": host_bytes(config, model, gpus) / 1e9,
+            "phases_gb": {
+                phase: {part: size / 1e9 for part, size in parts.items() if size}
+                for phase, parts in memory.phases.items()
+            },
+            "change": "" if fits else memory_advice(config, model, **here),
+            "step_seconds": estimate.parts,
+            "seconds_per_step": estimate.step,
+            "steps": estimate.steps,
+            "hours": estimate.hours,
+            "gpu_hours": estimate.hours * gpus,
+            "samples_at_a_time": estimate.rows,
+        }
+
+
+def host_bytes(config: SftConfig | RlvrConfig, model: ModelConfig, gpus: int) -> int:
+    """Of a node's own memory: what its GPUs' ranks keep there, each for itself."""
+    from rmr1.engine.memory_plan import parameters
+
+    count, each = parameters(model), 0
+    if config.zero.offload_optimizer and gpus > 1:  # fp32 weights, two moments, gradients
+        each += 16 * count // gpus
+    if isinstance(config, RlvrConfig) and config.grpo.beta and config.grpo.offload_reference:
+        each += 2 * count
+    return each * min(gpus, NODE)
+
+
+def cache_fits(parts: dict[str, int]) -> bool:
+    """Whether there is any KV cache where one is needed."""
+    return parts.get("KV cache", 1) > 0
+
+
+def _recipe(path: str) -> SftConfig | RlvrConfig:
+    """The configuration in a file, of the stage whose keys it has."""
+    try:
+        tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); give a recipe") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: no valid TOML ({error})") from None
+    if "rollout" in tree or "grpo" in tree:
+        return load_config(RlvrConfig, path)
+    return load_config(SftConfig, path)
+
+
+def _print(found: list[dict[str, Any]], gpu: str) -> None:
+    console = Console()
+    table = Table(title=f"{gpu.upper()}, GB on each of them in the phase that takes the most")
+    memory = ("GPUs", "needed", "usable", "fits", "host, a node")
+    for name in (*memory, "s a step", "steps", "hours", "GPU hours"):
+        table.add_column(name, justify="right")
+    for one in found:
+        times = (
+            f"{one['seconds_per_step']:,.0f}",
+            f"{one['steps']:,}",
+            f"{one['hours']:,.1f}",
+            f"{one['gpu_hours']:,.0f}",
+        )
+        table.add_row(
+            str(one["gpus"]),
+            f"{one['needed_gb']:.1f}",
+            f"{one['usable_gb']:.1f}",
+            "yes" if one["fits"] else "no",
+            f"{one['host_gb_a_node']:.0f}",
+            *(times if one["fits"] else ()),
+        )
+    console.print(table)
+    shown = next((one for one in found if one["fits"]), found[-1])
+    _print_parts(console, shown)
+    console.print(
+        "Times are a roofline estimate, no measurement: 45% of the data sheet's FLOP/s, 70% of its"
+        " bandwidths, prompts and judgments of the mean length; see rmr1/step_estimate.py.",
+        highlight=False,
+    )
+
+
+def _print_parts(console: Console, one: dict[str, Any]) -> None:
+    """Memory by part in each phase, and seconds by part, for one number of GPUs."""
+    phases = one["phases_gb"]
+    table = Table(title=f"On {one['gpus']} GPUs, GB by phase")
+    table.add_column("")
+    for phase in phases:
+        table.add_column(phase, justify="right")
+    for part in dict.fromkeys(part for parts in phases.values() for part in parts):
+        row = [parts.get(part) for parts in phases.values()]
+        table.add_row(part, *("" if size is None else f"{size:.1f}" for size in row))
+    table.add_section()
+    table.add_row("all", *(f"{sum(parts.values()):.1f}" for parts in phases.values()))
+    console.print(table)
+    times = ", ".join(f"{name} {seconds:,.1f}" for name, seconds in one["step_seconds"].items())
+    rows = one["samples_at_a_time"]
+    drawn = f"; {rows:,} samples at a time on each GPU" if rows else ""
+    console.print(f"Seconds of a step: {times}{drawn}", highlight=False)
+    if one["change"]:
+        console.print(f"It does not fit: {one['change']}", highlight=False)

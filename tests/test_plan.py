@@ -1,0 +1,170 @@
+"""`rmr1 plan`: the paper's placements, what to change, and times that behave as they should."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rmr1.cli import main
+from rmr1.config import RlvrConfig, SftConfig, load_config
+from rmr1.engine.model_config import ModelConfig
+from rmr1.gpus import GPUS
+from rmr1.step_estimate import Lengths, rlvr_estimate, sft_estimate
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+LENGTHS = Lengths(1200, 800)
+H100 = GPUS["h100"]
+MODELS = ["qwen2.5-{}b", "deepseek-r1-distill-qwen-{}b"]
+
+
+def model_of(name: str) -> ModelConfig:
+    return ModelConfig.from_dict(json.loads((RECIPES / f"models/{name}.json").read_text()))
+
+
+def planned(capsys: pytest.CaptureFixture[str], recipe: str, *more: str) -> list[dict[str, Any]]:
+    name = recipe.partition("-")[2]
+    args = ["plan", str(RECIPES / f"{recipe}.toml"), "--json"]
+    main([*args, "--model_config", str(RECIPES / f"models/{name}.json"), *more])
+    found: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+    return found
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize(("size", "gpus"), [(7, 8), (14, 16), (32, 32)])
+def test_the_papers_placement_fits(
+    family: str, size: int, gpus: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """7B on one node of H100, 14B on two, 32B on four; the larger two on no node less."""
+    recipe = f"rlvr-{family.format(size)}"
+    counts = {one["gpus"]: one["fits"] for one in planned(capsys, recipe)}
+    assert counts[gpus]
+    if size > 7:
+        assert not counts[gpus // 2]
+    assert planned(capsys, recipe, "--gpus", str(gpus))[0]["change"] == ""
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-7b", "qwen2.5-14b", "qwen2.5-32b", "qwen3-8b"])
+def test_distillation_fits_too(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (one,) = planned(capsys, f"sft-{name}", "--gpus", "8")
+    assert one["fits"]
+    assert one["steps"] == 69  # 8,753 traces by 128
+    assert set(one["phases_gb"]) == {"update"}
+
+
+def test_shapes_are_those_of_the_published_models() -> None:
+    """By their numbers of parameters, in billions, as the models' cards say."""
+    from rmr1.engine.memory_plan import parameters
+
+    sizes = {"qwen2.5-7b": 7.62, "qwen2.5-14b": 14.8, "qwen2.5-32b": 32.8, "qwen3-8b": 8.19}
+    for name, size in sizes.items():
+        assert parameters(model_of(name)) / 1e9 == pytest.approx(size, rel=0.01), name
+
+
+def test_what_does_not_fit_says_what_to_change(capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["plan", str(RECIPES / "rlvr-qwen2.5-32b.toml"), "--gpus", "8"]
+    args += ["--model_config", str(RECIPES / "models/qwen2.5-32b.json")]
+    assert main(args) == 1
+    out = capsys.readouterr().out
+    assert "It does not fit: lower max_micro_tokens" in out
+    assert "roofline estimate, no measurement" in out
+    assert main([*args[:2], "--gpus", "32", *args[4:]]) == 0
+    assert "It does not fit" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["none.toml"], "none.toml: cannot be read"),
+        ([str(RECIPES / "rlvr-qwen2.5-7b.toml")], "config.json: cannot be read"),
+        ([str(RECIPES / "rlvr-qwen2.5-7b.toml"), "--gpu", "gtx"], "gpu"),
+        ([str(RECIPES / "torchrun.sh")], "no valid TOML"),
+    ],
+)
+def test_wrong_use(args: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *args]) == 2
+    assert told in capsys.readouterr().err
+
+
+def rlvr(**dotted: Any) -> RlvrConfig:
+    return load_config(RlvrConfig, RECIPES / "rlvr-qwen2.5-7b.toml", dotted)
+
+
+def step(config: RlvrConfig, gpus: int = 8, lengths: Lengths = LENGTHS, gpu: Any = H100) -> Any:
+    return rlvr_estimate(config, model_of("qwen2.5-7b"), gpu, gpus, lengths, int(20e9)).parts
+
+
+def test_products_are_those_of_the_update() -> None:
+    """By hand: 6 N a token of a group with its prompt once, a third more for the recomputation."""
+    model = model_of("qwen2.5-7b")
+    size = 6.53e9  # of the layers' matrices
+    tokens = 1024 * (1200 + 7 * 800)
+    head = 1024 * 7 * 800 * model.vocab_size * model.hidden_size
+    seconds = 8 * (size * tokens + head) / (H100.flops * 0.45 * 8)
+    found = step(rlvr())["forward and backward"]
+    assert seconds < found < 1.25 * seconds  # and attention
+
+
+def test_times_behave() -> None:
+    whole = step(rlvr())
+    assert step(rlvr(), gpus=4)["forward and backward"] == 2 * whole["forward and backward"]
+    assert "reference" not in step(rlvr(**{"grpo.beta": 0}))
+    assert "old log-probabilities" in step(rlvr(**{"grpo.old_logprobs": "recompute"}))
+    assert "exchange" not in step(rlvr(), gpus=1)
+    assert step(rlvr(), gpus=16)["exchange"] > whole["exchange"]  # between nodes
+    longer = step(rlvr(), lengths=Lengths(1200, 1600))
+    assert longer["rollout"] > 1.9 * whole["rollout"]
+    faster = replace(H100, bandwidth=2 * H100.bandwidth)
+    assert step(rlvr(), gpu=faster)["rollout"] < whole["rollout"]
+    assert step(rlvr(recompute="none"))["forward and backward"] == pytest.approx(
+        0.75 * whole["forward and backward"]
+    )
+
+
+def test_an_epoch_of_distillation() -> None:
+    config = load_config(SftConfig, RECIPES / "sft-qwen2.5-7b.toml")
+    found = sft_estimate(config, model_of("qwen2.5-7b"), H100, 8, LENGTHS, 8753)
+    assert found.steps == 69
+    assert found.hours == pytest.approx(69 * sum(found.parts.values()) / 3600)
+    assert "optimiser on the host" in found.parts
+
+
+STAGES = sorted(path for kind in ("sft", "rlvr") for path in RECIPES.glob(f"{kind}-*.toml"))
+
+
+@pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
+def test_every_recipe_passes_a_dry_run(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It prints the whole configuration, which is one that resolves to itself."""
+    monkeypatch.chdir(tmp_path)
+    verb = path.stem.partition("-")[0]
+    assert main([verb, str(path), "--dry-run"]) == 0
+    out, told = capsys.readouterr()
+    kind = SftConfig if verb == "sft" else RlvrConfig
+    (tmp_path / "printed.toml").write_text(out)
+    assert load_config(kind, tmp_path / "printed.toml") == load_config(kind, path)
+    assert "runs" not in [entry.name for entry in tmp_path.iterdir()]  # nothing was begun
+    if "laptop" not in path.stem:
+        assert "config.json here" in told
+        assert "data.path: no " in told
+
+
+def test_a_dry_run_refuses_what_a_run_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    args = ["rlvr", str(RECIPES / "rlvr-laptop.toml"), "--dry-run"]
+    assert main([*args, "--grpo.beta", "-1"]) == 2
+    assert "grpo.beta" in capsys.readouterr().err
+    run = tmp_path / "runs" / "rlvr-laptop"
+    run.mkdir(parents=True)
+    assert main(args) == 0
+    (run / "config.toml").write_text(capsys.readouterr().out)
+    assert main(args) == 0
+    assert "would be resumed" in capsys.readouterr().err
+    assert main([*args, "--grpo.beta", "0.5"]) == 2
+    assert "grpo.beta was 0.001, is 0.5" in capsys.readouterr().err
