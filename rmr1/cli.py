@@ -24,11 +24,8 @@ VERBS = {
     "serve": ("rmr1.cli_serve", "Serve", "the judge over HTTP, with OpenAI's chat API beside it"),
     "trace": ("rmr1.cli_trace", "Trace", "judgments to distil from, by models behind an endpoint"),
     "logprobs": ("rmr1.cli_judge", "Logprobs", "log-probabilities of given tokens"),
-    "data": (
-        "rmr1.cli_tools",
-        "Data",
-        "write pairs of the embedded tasks, or check a file of pairs",
-    ),
+    "data": ("rmr1.cli_data", "Data", "write embedded tasks as pairs, or check a file of pairs"),
+    "data build": ("rmr1.cli_data", "DataBuild", "training sets from public preference sets"),
     "report": ("rmr1.cli_tools", "Report", "the HTML report of a run"),
     "export": ("rmr1.cli_tools", "Export", "a checkpoint's model as a plain model directory"),
     "plan": (
@@ -84,7 +81,9 @@ def _run(args: list[str]) -> int:
     if args[0] not in VERBS:
         print(f"rmr1: no verb {args[0]!r}; the verbs are {', '.join(VERBS)}", file=sys.stderr)
         return 2
-    module, name, _ = VERBS[args[0]]
+    words = 2 if " ".join(args[:2]) in VERBS else 1
+    verb_name = " ".join(args[:words])
+    module, name, _ = VERBS[verb_name]
     log = logging.getLogger("rmr1")
     log.setLevel(logging.INFO)
     if not log.handlers:
@@ -92,7 +91,8 @@ def _run(args: list[str]) -> int:
     try:
         from rmr1.cli_arguments import parse
 
-        verb = parse(getattr(import_module(module), name), args[1:], prog=f"rmr1 {args[0]}")
+        kind = getattr(import_module(module), name)
+        verb = parse(kind, args[words:], prog=f"rmr1 {verb_name}")
         return int(verb.run())
     except SystemExit as stop:  # the parser's way out of --help
         return int(stop.code or 0)

@@ -16,7 +16,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from rmr1.config import dotted, load_config
+from rmr1.config import dotted, load_config, named_sections
 
 # Arguments come from the command line and the file only: no variable has this prefix.
 SETTINGS = SettingsConfigDict(frozen=True, extra="forbid", env_prefix="RMR1_UNUSED_")
@@ -41,11 +41,12 @@ def parse(kind: type[VerbT], args: Sequence[str], *, prog: str) -> VerbT:
     A verb with a field `config_file` takes a TOML file there, and the other arguments are laid
     over it.
     """
+    plain, inside = _of_named_sections(kind, args)
     try:
         source: CliSettingsSource[Any] = CliSettingsSource(
             kind,
             cli_prog_name=prog,
-            cli_parse_args=list(args),
+            cli_parse_args=plain,
             cli_hide_none_type=True,
             cli_avoid_json=True,
             # What is required may stand in the file; without one the parser can tell.
@@ -60,4 +61,25 @@ def parse(kind: type[VerbT], args: Sequence[str], *, prog: str) -> VerbT:
         reason = str(error).removeprefix("error parsing CLI: ")
         raise ValueError(f"{reason}; `{prog} --help` lists the arguments") from None
     file = given.pop("config_file", None) or None
-    return load_config(kind, file, given)
+    return load_config(kind, file, {**given, **inside})
+
+
+def _of_named_sections(kind: type[VerbT], args: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """The arguments without those of sections that the user names, and these by their dotted keys.
+
+    --sources.NAME.key VALUE, also with "=": the parser knows no names that only the file has.
+    """
+    plain: list[str] = []
+    inside: dict[str, Any] = {}
+    words = iter(args)
+    for word in words:
+        key, equals, value = word.removeprefix("--").partition("=")
+        parts = key.split(".")
+        if not word.startswith("--") or len(parts) < 3 or parts[0] not in named_sections(kind):
+            plain.append(word)
+            continue
+        given = value if equals else next(words, None)
+        if given is None:
+            raise ValueError(f"argument --{key}: expected one argument")
+        inside[key] = given
+    return plain, inside

@@ -1,4 +1,4 @@
-"""The verbs around training: data, report, export, bench, doctor."""
+"""The verbs around training: report, export, bench, doctor."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import platform
 import shutil
 import sys
-from collections import Counter
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -19,46 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rmr1.cli_arguments import Verb
-from rmr1.data import read_pairs, write_pairs
-from rmr1.tasks.catalog import draw_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-class Data(Verb):
-    """Write embedded tasks as pairs, or check a file of pairs.
-
-    rmr1 data tasks --output pairs.jsonl --count 2000 --seed 1
-    rmr1 data check --input pairs.jsonl
-    """
-
-    what: CliPositionalArg[Literal["tasks", "check"]]
-    output: str = Field("pairs.jsonl", description="tasks: the JSONL file to write")
-    input: str = Field("", description="check: the JSONL file to read")
-    count: int = Field(1000, ge=1, description="tasks: how many pairs")
-    seed: int = Field(0, ge=0, description="tasks: the same seed gives the same pairs")
-    split: Literal["train", "heldout"] = Field("train", description="tasks: which parameters")
-
-    def run(self) -> int:
-        """Write or check."""
-        if self.what == "tasks":
-            pairs = draw_pairs(self.count, seed=self.seed, split=self.split)
-            write_pairs(self.output, pairs)
-            print(f"{len(pairs)} pairs written to {self.output}")
-            return 0
-        if not self.input:
-            raise ValueError("data check needs --input, a JSONL file of pairs")
-        pairs = read_pairs(self.input)
-        table = Table(title=f"{self.input}: {len(pairs)} pairs, all readable")
-        for name in ("Source", "Pairs", "Label A", "With a trace"):
-            table.add_column(name, justify="left" if name == "Source" else "right")
-        for source, count in sorted(Counter(pair.source for pair in pairs).items()):
-            own = [pair for pair in pairs if pair.source == source]
-            share = sum(pair.label == "A" for pair in own) / count
-            traces = sum(bool(pair.trace) for pair in own)
-            table.add_row(Text(source), str(count), f"{share:.1%}", str(traces))
-        Console().print(table)
-        return 0
 
 
 class Report(Verb):

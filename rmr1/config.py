@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -33,7 +33,7 @@ from rmr1.trackers import TrackerName
 class DataConfig(Section):
     """Where the training pairs come from: a JSONL file, or the embedded tasks."""
 
-    path: str = Field("", description="JSONL file of pairs; empty: the embedded tasks")
+    path: str = Field("", description="JSONL or Parquet file of pairs; empty: the embedded tasks")
     tasks: int = Field(0, ge=0, description="how many embedded tasks to draw when no path is given")
     seed: int = Field(0, ge=0, description="seed of the drawn tasks and of the order of the pairs")
 
@@ -199,16 +199,27 @@ def _section(kind: type[BaseModel], name: str) -> type[BaseModel] | None:
     return annotation if is_section else None
 
 
+def named_sections(kind: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """The keys that hold sections by names of the user's choice (dict[str, Section])."""
+    found = {}
+    for name, field in kind.model_fields.items():
+        parts = get_args(field.annotation) if get_origin(field.annotation) is dict else ()
+        if parts and isinstance(parts[1], type) and issubclass(parts[1], BaseModel):
+            found[name] = parts[1]
+    return found
+
+
 def _refuse_other_types(
     kind: type[BaseModel], tree: dict[str, Any], path: str | Path, prefix: str = ""
 ) -> None:
     """TOML has types, so a text is no number here, nor `true` a 1. Unknown keys are left alone."""
     for name, value in tree.items():
-        section = _section(kind, name)
-        if section is not None:
-            if not isinstance(value, dict):
-                raise ValueError(f"{path}: key '{prefix}{name}' is a section, got {value!r}")
-            _refuse_other_types(section, value, path, f"{prefix}{name}.")
+        section, named = _section(kind, name), named_sections(kind).get(name)
+        if named is not None and isinstance(value, dict):
+            for own, inner in value.items():
+                _refuse_other_section(named, inner, path, f"{prefix}{name}.{own}")
+        elif section is not None or named is not None:
+            _refuse_other_section(section or named, value, path, f"{prefix}{name}")
         elif name in kind.model_fields:
             annotation: Any = kind.model_fields[name].annotation
             try:
@@ -217,6 +228,12 @@ def _refuse_other_types(
                 raise ValueError(
                     f"{path}: key '{prefix}{name}': {error.errors()[0]['msg']}, got {value!r}"
                 ) from None
+
+
+def _refuse_other_section(kind: Any, value: Any, path: str | Path, key: str) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: key '{key}' is a section, got {value!r}")
+    _refuse_other_types(kind, value, path, f"{key}.")
 
 
 def _with_defaults(kind: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]:
@@ -296,7 +313,10 @@ def _keys_beside(kind: type[BaseModel], location: tuple[int | str, ...]) -> list
     """The keys that the section of an unknown key has; `config_file` stands for the file itself."""
     section: Any = kind
     for part in location[:-1]:
-        section = section.model_fields[str(part)].annotation
+        if get_origin(section) is dict:  # `part` is a name of the user's choice
+            section = get_args(section)[1]
+        else:
+            section = section.model_fields[str(part)].annotation
     return [
         field.alias or name for name, field in section.model_fields.items() if name != "config_file"
     ]

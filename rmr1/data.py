@@ -1,6 +1,6 @@
-"""Preference pairs: the one record that every stage reads, and its JSONL files.
+"""Preference pairs: the one record that every stage reads, and its files.
 
-One line of a file is one pair:
+One line of a JSONL file is one pair (a row of a Parquet file has the same fields):
 
     {"id": "…", "source": "…", "conversation": [{"role": "user", "content": "…"}],
      "answer_a": "…", "answer_b": "…", "label": "A", "kind": "reasoning", "trace": "…"}
@@ -126,7 +126,7 @@ def pair_from_row(row: Any) -> Pair:
     )
 
 
-def _instead_of_a_file(path: Path) -> str:
+def instead_of_a_file(path: Path) -> str:
     """What stands at a path where no regular file is."""
     if path.is_dir():
         return "is a folder"
@@ -142,7 +142,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: {_instead_of_a_file(path)}; give the path of a JSONL file")
+        raise ValueError(f"{path}: {instead_of_a_file(path)}; give the path of a JSONL file")
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
@@ -155,8 +155,9 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
                     " line); save the file as UTF-8"
                 ) from error
             except json.JSONDecodeError as error:
+                cut = "" if line.endswith(b"\n") else "; the file may be cut off, fetch it again"
                 raise ValueError(
-                    f"{path}, line {number}: no JSON ({error.msg} at column {error.colno})"
+                    f"{path}, line {number}: no JSON ({error.msg} at column {error.colno}){cut}"
                 ) from error
             except (RecursionError, ValueError) as error:  # nested too deep; an endless number
                 raise ValueError(
@@ -165,22 +166,27 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
 
 
 def read_pairs(path: str | Path) -> list[Pair]:
-    """Read a JSONL file of pairs. ValueError names the file, the line and the field.
+    """Read a JSONL or Parquet file of pairs. ValueError names the file, the line and the field.
 
     Ids may not repeat: judgments of a pair are found again by its id.
     """
     pairs = []
     lines: dict[str, int] = {}  # id -> where it stands
-    for number, row in read_rows(path):
+    unit, rows = "line", read_rows
+    if Path(path).suffix == ".parquet":
+        from rmr1.row_files import parquet_rows  # pyarrow is an extra
+
+        unit, rows = "row", parquet_rows
+    for number, row in rows(path):
         try:
             pair = pair_from_row(row)
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from None
+            raise ValueError(f"{path}, {unit} {number}: {error}") from None
         first = lines.setdefault(pair.id, number)
         if first != number:
             raise ValueError(
-                f'{path}, line {number}: field "id" is {pair.id!r}, as in line {first}; give each'
-                " pair an id of its own"
+                f'{path}, {unit} {number}: field "id" is {pair.id!r}, as in {unit} {first}; give'
+                " each pair an id of its own"
             )
         pairs.append(pair)
     if not pairs:

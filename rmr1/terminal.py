@@ -47,6 +47,7 @@ def duration(seconds: float) -> str:
 class Phase:
     """The state of one phase: how far, how fast, how long still, and live figures.
 
+    A total of 0 is one that is not known (yet): the phase then shows how many are done.
     Work with something done already (a resumed run) says so by `begin`.
     """
 
@@ -93,6 +94,11 @@ class Phase:
         """Show live figures, such as {"reward": 0.42, "kl": 0.003}."""
         self.figures = dict(figures)
         self.on_change()
+
+    @property
+    def counted(self) -> str:
+        """How many are done, of how many if that is known."""
+        return f"{self.done}/{self.total}" if self.total else f"{self.done}"
 
     @property
     def elapsed(self) -> float:
@@ -144,14 +150,21 @@ def _bar(phase: Phase, console: Console) -> Iterator[None]:
     progress = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=20 if console.width >= 100 else 8),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}", markup=False, style="bold"),
+        TextColumn("{task.fields[counted]}", markup=False, style="bold"),
         _Status(phase),
         console=console,
     )
     with progress:
-        task = progress.add_task(phase.title, total=phase.total, completed=phase.done)
+        # Without a total the bar pulses.
+        task = progress.add_task(
+            phase.title, total=phase.total or None, completed=phase.done, counted=phase.counted
+        )
         phase.on_change = lambda: progress.update(
-            task, description=phase.title, completed=phase.done, total=phase.total
+            task,
+            description=phase.title,
+            completed=phase.done,
+            total=phase.total or None,
+            counted=phase.counted,
         )
         yield
 
@@ -161,8 +174,8 @@ def _lines(phase: Phase, console: Console, every: float) -> Iterator[None]:
     written = -math.inf
 
     def write(note: str = "") -> None:
-        share = phase.done / phase.total if phase.total else 0.0
-        text = f"{phase.title}: {phase.done}/{phase.total} {phase.unit} ({share:.0%}), "
+        share = f" ({phase.done / phase.total:.0%})" if phase.total else ""
+        text = f"{phase.title}: {phase.counted} {phase.unit}{share}, "
         text += f"{duration(phase.elapsed)}, {phase.status()}".rstrip(", ") + note
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 

@@ -12,12 +12,19 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from rmr1.config import RlvrConfig, SftConfig, load_config, to_toml
+from rmr1.data_build_config import BuildConfig
 from rmr1.demo_config import DemoConfig, rlvr_config, sft_config
 from rmr1.grpo_config import GrpoConfig
 from rmr1.trace import TraceConfig
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
-KINDS = {"sft": SftConfig, "rlvr": RlvrConfig, "demo": DemoConfig, "trace": TraceConfig}
+KINDS = {
+    "sft": SftConfig,
+    "rlvr": RlvrConfig,
+    "demo": DemoConfig,
+    "data": BuildConfig,
+    "trace": TraceConfig,
+}
 STAGE = {"model": "pocket", "data.tasks": 8}
 
 

@@ -119,6 +119,17 @@ def interrupt(console: Console) -> None:
         raise KeyboardInterrupt
 
 
+def test_a_total_may_be_unknown_until_the_end() -> None:
+    for console in (plain(), fancy()):
+        with phase("Read", 0, "rows", console=console, every=0.0) as state:
+            state.reach(5, 0)
+            assert state.counted == "5"
+            state.reach(7, 7)
+        assert "7/7" in written(console)
+        assert "5/0" not in written(console)
+        assert console.is_terminal or "Read: 5 rows, 0:00" in written(console)
+
+
 def test_ctrl_c_ends_plain_lines() -> None:
     console = plain()
     with pytest.raises(KeyboardInterrupt):

@@ -1,0 +1,89 @@
+"""Contamination: benchmark prompts are found in training prompts, and others are left alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rmr1.contamination import Benchmarks, Hit, benchmark_prompts
+from rmr1.data import Message
+from rmr1.rm_bench_items import load_items
+
+RM_BENCH = Path(__file__).parent.parent.parent / "shared" / "data" / "rm-bench"
+LONG = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
+
+
+def user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def benchmark(folder: Path, *prompts: object, field: str = "prompt") -> Path:
+    path = folder / "bench.jsonl"
+    path.write_text("".join(json.dumps({field: prompt, "id": 1}) + "\n" for prompt in prompts))
+    return path
+
+
+def test_equal_words_are_found_whatever_case_and_punctuation(tmp_path: Path) -> None:
+    path = benchmark(tmp_path, "What's the capital of France?", LONG, "!?")
+    found = Benchmarks({"mine": str(path)}, overlap=0.5)
+    assert found.prompts == {"mine": 2}  # one without a word cannot be asked
+    assert found.hit([user("what's the capital of FRANCE")]) == Hit("mine", f"{path}, line 1", 1.0)
+    assert found.hit([user("What is the capital of Spain?")]) is None
+    assert found.hit([user("!!!")]) is None
+    # A short prompt inside a longer one is not the same question.
+    assert found.hit([user("What's the capital of France? And of Spain?")]) is None
+
+
+def test_runs_of_13_words_count_by_the_shorter_text(tmp_path: Path) -> None:
+    found = Benchmarks({"mine": str(benchmark(tmp_path, LONG))}, overlap=0.5)
+    filler = " ".join(f"word{n}" for n in range(200))
+    hit = found.hit([user(f"{filler} {LONG} {filler}")])
+    assert hit is not None
+    assert hit.overlap == 1.0
+    fourteen = " ".join(LONG.split()[:14])  # two of its three runs
+    hit = found.hit([user(f"{fourteen} {filler}")])
+    assert hit is not None
+    assert hit.overlap == pytest.approx(2 / 3)
+    thirteen = " ".join(LONG.split()[:13])
+    assert found.hit([user(f"{thirteen} {filler}")]) is None
+    assert found.hit([user(filler)]) is None
+
+
+def test_only_what_the_user_says_is_compared(tmp_path: Path) -> None:
+    found = Benchmarks({"mine": str(benchmark(tmp_path, LONG))}, overlap=0.5)
+    reply: Message = {"role": "assistant", "content": LONG}
+    assert found.hit([user("Hi"), reply, user("Thanks")]) is None
+    assert (
+        found.hit([user("Hi"), {"role": "assistant", "content": "Hello"}, user(LONG)]) is not None
+    )
+
+
+def test_rmb_and_messages(tmp_path: Path) -> None:
+    turns = [user("Hi"), {"role": "assistant", "content": "Hello"}, user("Tell me a joke")]
+    for field in ("conversation_input", "prompt"):
+        path = benchmark(tmp_path, turns, field=field)
+        assert [text for _, text in benchmark_prompts(path)] == ["Hi\nTell me a joke"]
+        assert Benchmarks({"rmb": str(path)}, overlap=0.5).hit(turns) is not None
+
+
+@pytest.mark.parametrize("prompt", [3, ["x"], None])
+def test_a_row_without_a_prompt(tmp_path: Path, prompt: object) -> None:
+    path = benchmark(tmp_path, prompt)
+    with pytest.raises(ValueError, match=r"line 1: a benchmark's row needs .*found prompt, id"):
+        list(benchmark_prompts(path))
+
+
+@pytest.mark.skipif(not RM_BENCH.is_dir(), reason=f"{RM_BENCH} is not here")
+def test_rm_bench_as_published() -> None:
+    found = Benchmarks({"rm-bench": str(RM_BENCH)}, overlap=0.5)
+    items = load_items(RM_BENCH).items
+    assert found.prompts["rm-bench"] == len({item.prompt.casefold() for item in items})
+    assert all(found.hit([user(item.prompt)]) for item in items)
+    padded = [user(f"Please help me with this. {item.prompt} Thank you!") for item in items]
+    long = [turn for turn, item in zip(padded, items, strict=True) if len(item.prompt.split()) > 15]
+    assert len(long) > 100
+    assert all(found.hit([turn]) for turn in long)
+    # Its answers are no prompts of it.
+    assert sum(found.hit([user(item.chosen[1])]) is not None for item in items) <= 2
