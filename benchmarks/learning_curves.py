@@ -15,13 +15,11 @@ table and the plot of all runs with these seeds.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import itertools
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,19 +27,17 @@ from typing import Any
 import harness
 import torch
 from learning_plot import NAMES, plot
+from pocket_runs import after_rl, begin, complete, held, pooled_gain, told
 from rich.console import Console
 from rich.table import Table
 
 import rmr1
-from rmr1.config import GrpoConfig, to_toml
-from rmr1.data import Pair, read_rows, write_whole
+from rmr1.config import GrpoConfig
+from rmr1.data import Pair, read_rows
 from rmr1.demo import evaluate_stage
-from rmr1.demo_config import DemoConfig, DistillPlan, RlPlan, rlvr_config, sft_config
+from rmr1.demo_config import DemoConfig, DistillPlan, RlPlan, sft_config
 from rmr1.distill import distill
 from rmr1.evaluate import Evaluation, compare
-from rmr1.rlvr import rlvr
-from rmr1.run import refuse_changes
-from rmr1.statistics import Difference, Ratio, paired_difference
 from rmr1.tasks.catalog import draw_pairs
 from rmr1.terminal import phase
 
@@ -84,28 +80,6 @@ def run_of(base: DemoConfig, variant: str, seed: int, rate: float | None) -> Dem
     )
 
 
-def begin(config: DemoConfig) -> None:
-    """Make the folder of a run, or refuse one that was begun with other settings."""
-    path = config.directory / "config.toml"
-    if path.is_file():
-        refuse_changes(config.directory, config)
-    config.directory.mkdir(parents=True, exist_ok=True)
-    write_whole(path, to_toml(config))
-
-
-@contextmanager
-def held(folder: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Keep other processes of this benchmark out of a folder; False where one is at work in it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-        else:
-            yield True  # closing the file, or the end of the process, gives it back
-
-
 def distilled_model(base: DemoConfig) -> Path:
     """The model that every run starts from, distilled at the first call."""
     with held(base.directory, wait=True), phase("Distil", 1, "steps") as bar:
@@ -124,26 +98,6 @@ def before_rl(base: DemoConfig, seed: int, model: Path, pairs: list[Pair]) -> Ev
         return evaluate_stage(seeded, f"distilled-{seed}", model, pairs, phase)
 
 
-def after_rl(config: DemoConfig, start: Path, pairs: list[Pair]) -> Evaluation:
-    """Train and judge, or read what an earlier call did."""
-    begin(config)
-    trained = start  # not looked at where the judgments are there
-    if not complete(config):
-        with phase(f"RL {config.name}", config.rl.steps, "steps") as bar:
-
-            def on_step(step: int, total: int, row: dict[str, float]) -> None:
-                bar.reach(step, total)
-                bar.show({"reward": row["reward"]})
-
-            trained = rlvr(rlvr_config(config, start), on_start=bar.begin, on_step=on_step)
-    return evaluate_stage(config, "rl", trained, pairs, phase)
-
-
-def complete(config: DemoConfig) -> bool:
-    """Whether there is nothing left to do for a run."""
-    return (config.directory / "judgments-rl.jsonl").is_file()
-
-
 # --- Figures -------------------------------------------------------------------------------------
 
 
@@ -157,28 +111,12 @@ class Result:
     metrics: list[dict[str, Any]]
 
 
-def pooled_gain(results: Sequence[Result]) -> Difference:
-    """The gain over all seeds: a cluster is one pair with the judgments of every seed."""
-
-    def ratios(evaluations: Sequence[Evaluation]) -> list[Ratio]:
-        hits: dict[str, list[bool]] = {}
-        for evaluation in evaluations:
-            for one in evaluation.judgments:
-                hits.setdefault(one.id, []).append(one.correct)
-        return [Ratio(sum(own), len(own)) for _, own in sorted(hits.items())]
-
-    found = paired_difference(
-        ratios([one.before for one in results]), ratios([one.after for one in results])
-    )
-    assert found is not None  # every pair was judged
-    return found
-
-
 def row_of(variant: str, results: Sequence[Result]) -> harness.Row:
     """One objective as it stands in the JSON. Its time is that of a step."""
     config = results[0].config
     rl = config.rl
-    gain, own = pooled_gain(results), [compare(one.before, one.after)[0] for one in results]
+    gain = pooled_gain([one.before for one in results], [one.after for one in results])
+    own = [compare(one.before, one.after)[0] for one in results]
     seconds = [step["step_time"] for one in results for step in one.metrics]
     cuts = statistics.quantiles(seconds, n=10, method="inclusive")
     size = f"{rl.rollout.prompts} x {rl.rollout.samples}"
@@ -216,10 +154,6 @@ def row_of(variant: str, results: Sequence[Result]) -> harness.Row:
             [step["completions/mean_length"] for step in one.metrics] for one in results
         ],
     }
-
-
-def told(one: Difference) -> list[float]:
-    return [one.value, one.interval.low, one.interval.high]
 
 
 def show(rows: Sequence[harness.Row]) -> None:

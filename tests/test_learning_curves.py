@@ -57,7 +57,7 @@ def test_a_quick_run_is_not_run_twice(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a complete run was run again")
 
-    monkeypatch.setattr(script, "rlvr", never)
+    monkeypatch.setattr("pocket_runs.rlvr", never)
     assert call(script, monkeypatch, *quick) == 0
     assert json.loads(output.read_text()) == rows
     assert call(script, monkeypatch, *quick, "--steps", "3") == 1
