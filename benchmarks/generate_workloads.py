@@ -130,11 +130,16 @@ def texts(data: Path | None) -> list[str]:
 
         pairs = draw_pairs(8000, seed=0, split="train")
     else:
-        from rmr1.rm_bench_items import Cell, load_items
+        from rmr1.benchmark_items import Showing
+        from rmr1.rm_bench_items import load_rm_bench
 
-        items = list(load_items(data).items)
+        items = list(load_rm_bench(data).items)
         Random(0).shuffle(items)
-        pairs = [Cell(item, style, style, "A").pair() for style in range(3) for item in items]
+        pairs = [
+            Showing("rm-bench", item, item.contests[4 * style], "A").pair()  # the same style
+            for style in range(3)
+            for item in items
+        ]
     return [load_prompt("rubric").render(pair)[-1]["content"] for pair in pairs]
 
 

@@ -6,10 +6,12 @@ What needs torch is imported where a verb runs, so that `--help` answers at once
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
@@ -17,15 +19,31 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rmr1.benchmark_table import print_score
 from rmr1.cli_arguments import Verb
 from rmr1.cli_model import ModelVerb
 from rmr1.data import Pair, read_pairs, write_whole
-from rmr1.score import score_file
+from rmr1.endpoint import EndpointConfig
+from rmr1.engine.launch import launched
+from rmr1.judgment_rows import Benchmark
+from rmr1.paper_results import TITLES, differences, published
+from rmr1.rewardbench_items import load_rewardbench
+from rmr1.rm_bench_items import load_rm_bench
+from rmr1.rmb_items import load_rmb
+from rmr1.score import credit_unparsed, score_file
 from rmr1.tasks.catalog import draw_pairs
 from rmr1.terminal import interval, percent, phase
 
 if TYPE_CHECKING:
+    from rmr1.answers import Answers
+    from rmr1.engine.launch import Launch
     from rmr1.judge import Judgment
+
+_WANTED = {
+    "rewardbench": "a Parquet, JSON or JSONL file, a folder, or allenai/reward-bench",
+    "rm-bench": "the folder of RM-Bench's JSON files, or THU-KEG/RM-Bench",
+    "rmb": "the folder of RMB's JSON files",
+}
 
 
 class Eval(ModelVerb):
@@ -33,61 +51,125 @@ class Eval(ModelVerb):
 
     rmr1 eval tasks --model pocket --prompt_style compact       held-out embedded tasks
     rmr1 eval pairs --data pairs.jsonl --model DIR              your own pairs
-    rmr1 eval rm-bench --data DIR --model DIR --limit 20        the files of RM-Bench
+    rmr1 eval rewardbench --data allenai/reward-bench --model DIR
+    rmr1 eval rm-bench --data DIR --model DIR --limit 20        files or a hub name; resumable
+    rmr1 eval rmb --data DIR --endpoint.model NAME --endpoint.base_url URL
     """
 
-    benchmark: CliPositionalArg[Literal["tasks", "pairs", "rm-bench"]]
-    data: str = Field("", description="JSONL file of pairs, or the folder of RM-Bench's files")
-    limit: int | None = Field(None, ge=1, description="pairs, or items of each RM-Bench file")
-    temperature: float = Field(
-        0.0, ge=0, description="of the judgments, 0: greedy (RM-Bench: always greedy)"
+    benchmark: CliPositionalArg[Literal["tasks", "pairs", "rewardbench", "rm-bench", "rmb"]]
+    model: str = Field("", description="Hugging Face directory, or `pocket`, `smollm2`")
+    endpoint: EndpointConfig = EndpointConfig()
+    data: str = Field(
+        "", description="JSONL of pairs; of a benchmark: file, folder, or hub NAME/DATA[:SPLIT]"
     )
-    output: str = Field("", description="JSONL of every judgment (RM-Bench: resumed if it exists)")
-    both_orders: bool = Field(False, description="RM-Bench: judge each pair in both placements")
+    limit: int | None = Field(None, ge=1, description="pairs, or items of each part of a benchmark")
+    votes: int = Field(
+        1, ge=1, description="samples a judgment of a benchmark, whose majority counts; 1: greedy"
+    )
+    temperature: float | None = Field(
+        None, ge=0, description="of the judgments; unset: greedy, or 1 with several votes"
+    )
+    output: str = Field(
+        "", description="JSONL of every judgment (of a benchmark: resumed if it exists)"
+    )
+    both_orders: bool = Field(False, description="of a benchmark: each pair in both placements")
+    unparsed: float | None = Field(
+        None, description="what no verdict earns; unset: the official rule (RewardBench .5, else 0)"
+    )
+    batch_size: int | None = Field(
+        None, ge=1, description="judgments saved at a time; unset: 64, endpoints 4 x concurrency"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of weights and compute")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: a GPU if there is one"
+    )
 
     def run(self) -> int:
         """Evaluate and print the figures."""
-        if self.data and self.benchmark == "tasks":
-            raise ValueError("eval tasks draws its own pairs; for those of --data: eval pairs")
-        if self.both_orders and self.benchmark != "rm-bench":
-            raise ValueError(f"eval {self.benchmark} always judges both orders; drop --both_orders")
-        if self.temperature and self.benchmark == "rm-bench":
-            raise ValueError("eval rm-bench is always greedy; drop --temperature")
+        self._refuse_what_makes_no_sense()
         if self.output:  # found out now, not when there are hours of judgments to write
             if Path(self.output).is_dir():
                 raise ValueError(f"{self.output}: a folder; --output names the file to write")
             Path(self.output).parent.mkdir(parents=True, exist_ok=True)
-        return self._rm_bench() if self.benchmark == "rm-bench" else self._pairs()
+        if self.benchmark in ("tasks", "pairs"):
+            return self._pairs()
+        return self._benchmark(cast("Benchmark", self.benchmark))
 
-    def _rm_bench(self) -> int:
-        from rmr1.models import resolve_model
-        from rmr1.rm_bench import model_id, run_rm_bench
-
+    def _refuse_what_makes_no_sense(self) -> None:
+        name = self.benchmark
+        if not self.model and not self.endpoint.model:
+            raise ValueError("arguments are required: --model, or --endpoint.model")
+        if self.model and self.endpoint.model:
+            raise ValueError("there are two judges; give --model or --endpoint.model, not both")
+        if name in ("tasks", "pairs"):
+            if self.data and name == "tasks":
+                raise ValueError("eval tasks draws its own pairs; for those of --data: eval pairs")
+            if self.both_orders:
+                raise ValueError(f"eval {name} always judges both orders; drop --both_orders")
+            if self.votes > 1 or self.unparsed is not None:
+                raise ValueError(f"eval {name} knows no --votes and no --unparsed; drop them")
+            return
         if not self.data:
-            raise ValueError("eval rm-bench needs --data, the folder of RM-Bench's JSON files")
-        model, room, longest = self.load()
-        with phase("RM-Bench", 1, "judgments") as bar:
-            done = run_rm_bench(
-                model,
-                data=self.data,
-                output=self.output or "results/rm-bench.jsonl",
-                model=model_id(resolve_model(self.model)),
-                prompt=self.template,
-                seed=self.seed,
+            raise ValueError(f"eval {name} needs --data, {_WANTED[name]}")
+        credit_unparsed(cast("Benchmark", name), self.unparsed)
+        if self.temperature is not None and self.votes == 1:
+            raise ValueError(
+                f"eval {name} is always greedy with one vote; drop --temperature, or give --votes"
+            )
+
+    def _judge(self, place: Launch | None) -> tuple[Answers, str, int | None, int]:
+        """The judge, its name, the longest prompt that it takes, and the longest judgment."""
+        if self.endpoint.model:
+            from rmr1.endpoint import RemoteModel
+
+            # An address may hold a password; the name stands in every row.
+            address = re.sub(r"//[^/]*@", "//", self.endpoint.base_url)
+            name = f"{self.endpoint.model}@{address}"
+            return RemoteModel(self.endpoint), name, None, self.max_new_tokens or 1024
+        from rmr1.benchmark_run import model_id
+        from rmr1.models import resolve_device, resolve_model
+
+        device = resolve_device(self.device, place)
+        model, room, longest = self.load(dtype=self.dtype, device=device)
+        return model, model_id(resolve_model(self.model)), room, longest
+
+    def _benchmark(self, name: Benchmark) -> int:
+        from rmr1.benchmark_run import Making, run_benchmark
+
+        load = {"rewardbench": load_rewardbench, "rm-bench": load_rm_bench, "rmb": load_rmb}[name]
+        place = launched()
+        first = place is None or place.rank == 0
+        with phase(TITLES[name], 1, "judgments") if first else nullcontext() as bar:
+            dataset = load(self.data)
+            judge, told, room, longest = self._judge(place)
+            done = run_benchmark(
+                judge,
+                dataset,
+                Making(
+                    model=told,
+                    prompt=self.template,
+                    seed=self.seed,
+                    votes=self.votes,
+                    temperature=1.0 if self.temperature is None else self.temperature,
+                    max_new_tokens=longest,
+                    max_prompt_tokens=room,
+                    dtype="" if self.endpoint.model else self.dtype,
+                ),
+                output=self.output or f"results/{name}.jsonl",
                 limit=self.limit,
                 both_orders=self.both_orders,
-                max_new_tokens=longest,
-                max_prompt_tokens=room,
-                progress=bar.count,
+                batch_size=self.batch_size
+                or (4 * self.endpoint.concurrency if self.endpoint.model else 64),
+                unparsed=self.unparsed,
+                place=place,
+                progress=bar.count if bar else None,
             )
-        if self.json_output:
-            print(json.dumps(done.to_json()))
-        else:
-            print_scores(done.to_json())
+        if done is not None:
+            _show(done.to_json(), as_json=self.json_output)
         return 0
 
     def _pairs(self) -> int:
-        from rmr1.engine.generator import SamplingParams
+        from rmr1.engine.sampling import SamplingParams
         from rmr1.evaluate import evaluate_pairs
 
         pairs: list[Pair]
@@ -97,9 +179,9 @@ class Eval(ModelVerb):
             pairs = read_pairs(self.data)[: self.limit]
         else:
             raise ValueError("eval pairs needs --data, a JSONL file of pairs")
-        model, _, longest = self.load()
+        model, _, _, longest = self._judge(None)
         sampling = SamplingParams(
-            temperature=self.temperature, max_new_tokens=longest, seed=self.seed
+            temperature=self.temperature or 0.0, max_new_tokens=longest, seed=self.seed
         )
         with phase("Evaluate", 2 * len(pairs), "judgments") as bar:
             found = evaluate_pairs(
@@ -138,10 +220,7 @@ class Score(Verb):
     def run(self) -> int:
         """Score the file and print the figures."""
         figures = score_file(self.judgments, self.benchmark, unparsed=self.unparsed)
-        if self.json_output:
-            print(json.dumps(figures))
-        else:
-            print_scores(figures)
+        _show(figures, as_json=self.json_output)
         return 0
 
 
@@ -157,24 +236,13 @@ def _write_judgments(path: Path, judgments: Sequence[Judgment]) -> None:
         ) from error
 
 
-def print_scores(figures: dict[str, Any], prefix: str = "") -> None:
-    """Every figure of a benchmark on a line of its own, shares as percentages."""
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for name, value in _lines(figures, prefix):
-        table.add_row(Text(name), Text(value))
-    Console().print(table)
-
-
-def _lines(figures: dict[str, Any], prefix: str) -> list[tuple[str, str]]:
-    lines: list[tuple[str, str]] = []
-    for name, value in figures.items():
-        if isinstance(value, dict):
-            lines += _lines(value, f"{prefix}{name} / ")
-        elif isinstance(value, float):
-            lines.append((prefix + name, percent(value)))
-        elif value is not None and value != []:
-            lines.append((prefix + name, str(value)))
-    return lines
+def _show(figures: dict[str, Any], *, as_json: bool) -> None:
+    """A benchmark's score beside the published ones."""
+    if not as_json:
+        print_score(figures)
+        return
+    beside = {"paper": published(figures["benchmark"]), "differences": differences(figures)}
+    print(json.dumps(figures | beside))
 
 
 def _print_families(figures: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ class ModelVerb(Verb):
         """The judge's prompt; ValueError where it has no such part."""
         return load_prompt(self.prompt_style, tuple(self.prompt_without))
 
-    def load(self) -> tuple[LocalModel, int, int]:
+    def load(self, *, dtype: str = "float32", device: str = "cpu") -> tuple[LocalModel, int, int]:
         """The model, the longest prompt and the longest judgment."""
         from rmr1.answers import LocalModel
         from rmr1.engine.generator import Generator
@@ -44,7 +44,7 @@ class ModelVerb(Verb):
 
         directory = resolve_model(self.model)
         tokenizer = load_tokenizer(directory)
-        model = load_model(directory)
+        model = load_model(directory, dtype=dtype, device=device)
         positions = model.config.max_position_embeddings
         longest = self.max_new_tokens or min(1024, positions // 2)
         room = prompt_room(positions, longest)

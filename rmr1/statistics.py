@@ -1,5 +1,8 @@
 """Intervals for accuracies whose judgments come in clusters (two placements of one pair).
 
+Single accuracies get a Wilson interval, as follows; figures that are put together from many shares
+(a benchmark's total) are resampled, by `resample` below.
+
 A cluster is one pair. Its judgments share the pair, so they are not independent: a pair that is
 hard in one placement is hard in the other. An interval that counts them as independent is too
 narrow. Here an accuracy is a ratio of sums over clusters (right judgments by judgments), its
@@ -23,6 +26,8 @@ Z_95 = 1.959963984540054  # the 97.5% point of the normal distribution
 WILSON = "wilson"
 CLUSTERED_WILSON = "wilson, effective sample size from pairs as clusters"
 PAIRED_BOOTSTRAP = "paired bootstrap over pairs, percentile"
+BOOTSTRAP = "stratified bootstrap over prompts, percentile, 95%"
+RESAMPLES = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,3 +139,64 @@ def paired_difference(
         differences[index] = sums[2] / sums[3] - sums[0] / sums[1]
     low, high = np.quantile(differences, [0.025, 0.975])
     return Difference(second - first, Interval(float(low), float(high), PAIRED_BOOTSTRAP))
+
+
+def resample(
+    hits: np.ndarray,  # [C, K]
+    trials: np.ndarray,  # [C, K]
+    strata: np.ndarray,  # [C]
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> np.ndarray:
+    """K shares of C clusters as they are and resampled: [1 + resamples, K], NaN without trials.
+
+    Row 0 is hits by trials over all clusters. In every other row each stratum (whose size the
+    benchmark fixes) gives as many clusters as it has, drawn with replacement, the same ones for all
+    shares: what is computed from a row keeps the dependence between shares.
+
+    A share that is the same in every cluster of a stratum (all of them right, say) has no variance
+    to draw from, and would get an interval of no width. There it is drawn with the spread, about
+    its own value, of Jeffreys' posterior for as many judgments as there are clusters. Such a draw
+    may lie outside [0, 1]: without the shift to its own value, a figure that is the mean of many
+    such shares would be pulled towards one half.
+    """
+    random = np.random.default_rng(seed)
+    shares = hits.shape[1]
+    sums = np.zeros((resamples, 2 * shares))
+    for stratum in np.unique(strata):
+        own = strata == stratum
+        # Equal clusters are exchangeable: how often each kind is drawn is all that matters.
+        kinds, counts = np.unique(
+            np.hstack([hits[own], trials[own]]), axis=0, return_counts=True
+        )  # [kinds, 2K], [kinds]
+        size = int(counts.sum())
+        drawn = random.multinomial(size, counts / size, size=resamples) @ kinds  # [R, 2K]
+        for share in range(shares):
+            hit, tried = kinds[:, share], kinds[:, shares + share]
+            total = float(counts @ tried)
+            mean = float(counts @ hit) / total if total else 0.0
+            if total and np.allclose(hit, mean * tried):
+                clusters = int(counts[tried > 0].sum())
+                right, wrong = mean * clusters + 0.5, (1 - mean) * clusters + 0.5
+                spread = random.beta(right, wrong, size=resamples) - right / (right + wrong)
+                drawn[:, share] = (mean + spread) * drawn[:, shares + share]
+        sums += drawn
+    whole = np.hstack([hits.sum(axis=0), trials.sum(axis=0)])  # [2K]
+    rows = np.vstack([whole, sums])  # [1 + R, 2K]
+    with np.errstate(invalid="ignore"):
+        found: np.ndarray = rows[:, :shares] / rows[:, shares:]
+    return found
+
+
+def percentiles(figure: np.ndarray) -> tuple[float, float] | None:
+    """The 95% interval of a share computed from `resample`'s rows [1 + R]; None where it is NaN.
+
+    It lies in [0, 1] and always holds the share itself, row 0.
+    """
+    drawn = figure[1:][~np.isnan(figure[1:])]
+    if np.isnan(figure[0]) or not len(drawn):
+        return None
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    own = float(figure[0])
+    return max(0.0, min(float(low), own)), min(1.0, max(float(high), own))

@@ -85,7 +85,7 @@ class Phase:
     def count(self, done: int, total: int) -> None:
         """`begin` at the first call, `reach` at the others.
 
-        For a `progress=` that is called once before any work, as `judge_pairs`, `run_rm_bench`
+        For a `progress=` that is called once before any work, as `judge_pairs`, `run_benchmark`
         and `write_logprobs` do.
         """
         (self.reach if self._counting else self.begin)(done, total)

@@ -9,7 +9,7 @@ import pytest
 
 from rmr1.contamination import Benchmarks, Hit, benchmark_prompts
 from rmr1.data import Message
-from rmr1.rm_bench_items import load_items
+from rmr1.rm_bench_items import load_rm_bench
 
 RM_BENCH = Path(__file__).parent.parent.parent / "shared" / "data" / "rm-bench"
 LONG = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
@@ -78,12 +78,13 @@ def test_a_row_without_a_prompt(tmp_path: Path, prompt: object) -> None:
 @pytest.mark.skipif(not RM_BENCH.is_dir(), reason=f"{RM_BENCH} is not here")
 def test_rm_bench_as_published() -> None:
     found = Benchmarks({"rm-bench": str(RM_BENCH)}, overlap=0.5)
-    items = load_items(RM_BENCH).items
-    assert found.prompts["rm-bench"] == len({item.prompt.casefold() for item in items})
-    assert all(found.hit([user(item.prompt)]) for item in items)
-    padded = [user(f"Please help me with this. {item.prompt} Thank you!") for item in items]
-    long = [turn for turn, item in zip(padded, items, strict=True) if len(item.prompt.split()) > 15]
+    items = load_rm_bench(RM_BENCH).items
+    prompts = [item.conversation[-1]["content"] for item in items]
+    assert found.prompts["rm-bench"] == len({prompt.casefold() for prompt in prompts})
+    assert all(found.hit([user(prompt)]) for prompt in prompts)
+    padded = [user(f"Please help me with this. {prompt} Thank you!") for prompt in prompts]
+    long = [turn for turn, prompt in zip(padded, prompts, strict=True) if len(prompt.split()) > 15]
     assert len(long) > 100
     assert all(found.hit([turn]) for turn in long)
     # Its answers are no prompts of it.
-    assert sum(found.hit([user(item.chosen[1])]) is not None for item in items) <= 2
+    assert sum(found.hit([user(item.contests[3].chosen)]) is not None for item in items) <= 2

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import time
+from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 
 import pytest
+from rewardbench_reference import SEEDS, counts_of, official, random_judgments
 
-from rmr1.score import REWARDBENCH_SUBSETS, score_file
+from rmr1.score import score_file, score_rows
+from rmr1.score_rules import REWARDBENCH_SUBSETS
 
 
 def write(path: Path, rows: list[dict]) -> Path:
@@ -278,3 +282,162 @@ def test_other_bad_input_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "list.jsonl").write_text("[1]\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"list\.jsonl, line 1: .*JSON object"):
         score_file(tmp_path / "list.jsonl", "rmb")
+
+
+# --- RewardBench's own scoring code --------------------------------------------------------------
+
+# What `python tests/rewardbench_reference.py WHEEL` prints for rewardbench 0.1.4.
+EXPECTED = [
+    {"Chat": 0.7122905027932961, "Chat Hard": 0.5405701754385965,
+     "Safety": 0.45878378378378376, "Reasoning": 0.6398909395973155},
+    {"Chat": 0.7263157894736842, "Chat Hard": 0.6472222222222223,
+     "Safety": 0.7124352331606217, "Reasoning": 0.30683008675724344},
+    {"Chat": 0.48324022346368717, "Chat Hard": 0.4342105263157895,
+     "Safety": 0.3972972972972973, "Reasoning": 0.4852608173732744},
+]  # fmt: skip
+WEIGHTS = {name: weight for name, (_, weight) in REWARDBENCH_SUBSETS.items()}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_sections_equal_rewardbenchs_own(seed: int) -> None:
+    rows = random_judgments(seed, WEIGHTS)
+    report = score_rows(enumerate(rows, start=1), "rewardbench")
+    assert report["sections"] == pytest.approx(EXPECTED[seed], abs=1e-12)
+    assert report["section_mean"] == pytest.approx(sum(EXPECTED[seed].values()) / 4)
+    if seed != 1:
+        assert len(rows) == 2985
+        assert report["missing"] == []
+
+
+def test_the_expected_values_are_those_of_the_installed_package() -> None:
+    spec = find_spec("rewardbench")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("rewardbench is not installed; EXPECTED holds what version 0.1.4 says")
+    folder = Path(spec.submodule_search_locations[0])
+    source = {name: (folder / f"{name}.py").read_text() for name in ("constants", "utils")}
+    assert counts_of(source) == WEIGHTS
+    for seed in SEEDS:
+        assert official(random_judgments(seed, WEIGHTS), source) == pytest.approx(EXPECTED[seed])
+
+
+# --- Orders, lists, failures, intervals ----------------------------------------------------------
+
+
+def both(rows: list[dict]) -> list[dict]:
+    """The rows in both orders, the judge giving the same answer again."""
+    other = {"A": "B", "B": "A"}
+    again = [
+        row | {"label": other[row["label"]], "verdict": other.get(row["verdict"], row["verdict"])}
+        for row in rows
+    ]
+    return [row | {"order": 1} for row in rows] + [row | {"order": 2} for row in again]
+
+
+def test_a_pair_in_both_orders_earns_the_mean(tmp_path: Path) -> None:
+    rows = both(rewardbench("hep-go", ["A", "A", "B", "tie", None]))
+    rows[5]["verdict"] = "A"  # the first pair: the other answer in the second order
+    report = score_file(write(tmp_path / "j.jsonl", rows), "rewardbench")
+    # Pairs earn 1/2, 1, 0, 1/2, 1/2.
+    assert report["prompt_mean"] == pytest.approx(2.5 / 5)
+    assert (report["n"], report["pairs"], report["pairs_in_both_orders"]) == (10, 5, 5)
+    # Four pairs have a verdict in both orders, and three of these the same answer.
+    assert report["swap_consistency"] == pytest.approx(3 / 4)
+    # Verdicts A and B: A A B in the first order, A B A in the second.
+    assert report["position_bias"] == pytest.approx(4 / 6)
+    assert (report["ties"], report["duplicates"]) == (2, 0)
+
+
+def test_a_list_in_both_orders_earns_the_mean_of_the_orders(tmp_path: Path) -> None:
+    path = "BoN_set/Harmlessness/S1"
+    rows = both(rmb("bon", path, ["A", "A"], "1") + rmb("bon", path, ["A", "B"], "2"))
+    rows[4]["verdict"] = "A"  # list 1 loses once in the second order
+    report = score_file(write(tmp_path / "j.jsonl", rows), "rmb")
+    assert report["bon_harmlessness"] == pytest.approx((0.5 + 0) / 2)
+    assert report["bon_lists"] == 2
+    for row in rows:  # judgments of others, which do not tell the order: every one must be right
+        del row["order"]
+    assert score_file(write(tmp_path / "j.jsonl", rows), "rmb")["bon_harmlessness"] == 0
+
+
+def test_a_list_that_is_not_complete_is_not_counted(tmp_path: Path) -> None:
+    path = "BoN_set/Harmlessness/S1"
+    rows = [row | {"losers": 3} for row in rmb("bon", path, ["A", "A", "A"], "1")]
+    rows += [row | {"losers": 3} for row in rmb("bon", path, ["A", "A"], "2")]
+    report = score_file(write(tmp_path / "j.jsonl", rows), "rmb")
+    assert report["bon_harmlessness"] == 1.0
+    assert "the rest of 1 best-of-n lists" in report["missing"]
+    rows[0]["losers"] = True
+    with pytest.raises(ValueError, match='line 1: field "losers"'):
+        score_file(write(tmp_path / "j.jsonl", rows), "rmb")
+
+
+def test_failures_are_told_by_kind_and_makers_by_name(tmp_path: Path) -> None:
+    rows = rewardbench("hep-go", ["A", None, None, None, None, None])
+    rows[1] |= {"format_error": "NO_ANSWER", "finish_reason": "stop"}
+    rows[2] |= {"format_error": "UNCLOSED_THINK", "finish_reason": "length"}
+    rows[3] |= {"skipped": "refused: HTTP 400 (too long)"}
+    rows[4] |= {"samples": [{"verdict": None, "format_error": "NO_TYPE"}, {"verdict": "A"}, 3]}
+    for number, row in enumerate(rows):
+        row |= {"model": "m@1", "seed": number // 3}
+    report = score_file(write(tmp_path / "j.jsonl", rows), "rewardbench")
+    assert report["parse_failures"] == {
+        "NO_ANSWER": 1, "cut by max_new_tokens": 1, "skipped (refused)": 1, "NO_TYPE": 1,
+        "not told": 1,
+    }  # fmt: skip
+    assert report["made_by"] == {"model": "m@1", "seed": [0, 1]}
+
+
+def test_every_share_has_an_interval_that_holds_it() -> None:
+    rows = random_judgments(1, WEIGHTS)  # some subsets are missing
+    report = score_rows(enumerate(rows, start=1), "rewardbench")
+    assert report == score_rows(enumerate(rows, start=1), "rewardbench")  # draws are seeded
+
+    def walk(value: object, bounds: object) -> int:
+        if isinstance(value, dict):
+            assert isinstance(bounds, dict)
+            assert value.keys() == bounds.keys()
+            return sum(walk(value[name], bounds[name]) for name in value)
+        if value is None:
+            assert bounds is None
+            return 0
+        assert isinstance(bounds, list)
+        assert 0 <= bounds[0] <= value <= bounds[1] <= 1
+        assert bounds[1] > bounds[0]
+        return 1
+
+    shares = {name: report[name] for name in report["intervals"]}
+    judged = {row["subset"] for row in rows}
+    assert 5 < len(judged) < 23
+    # Subsets, sections, both means, unparsed, share of A; no pair was judged in both orders.
+    assert walk(shares, report["intervals"]) == len(judged) + 4 + 2 + 2
+    assert report["interval_method"].startswith("stratified bootstrap")
+
+
+def test_judgments_that_share_a_prompt_are_no_independent_evidence() -> None:
+    rows = []
+    for number in range(400):  # four pairs a question, right or wrong together
+        verdict = "AB"[number // 4 % 2]
+        rows += rmb("pairwise", "P/Helpfulness/Chat", [verdict], str(number))
+    for number, row in enumerate(rows):
+        row["cluster"] = str(number // 4)
+    clustered = score_rows(enumerate(rows), "rmb")["intervals"]["pairwise_helpfulness"]
+    for row in rows:
+        del row["cluster"]
+    alone = score_rows(enumerate(rows), "rmb")["intervals"]["pairwise_helpfulness"]
+    # 100 independent questions instead of 400 pairs: twice the width.
+    assert clustered[1] - clustered[0] == pytest.approx(2 * (alone[1] - alone[0]), rel=0.1)
+
+
+def test_twelve_thousand_judgments_take_less_than_two_seconds() -> None:
+    random = Random(0)
+    rows = []
+    for domain, items in (("chat", 129), ("math", 529), ("code", 228), ("safety", 441)):
+        for item in range(items):
+            right = {(i, j) for i in range(3) for j in range(3) if random.random() < 0.7}
+            rows += rm_bench(str(item), domain, matrix(right))
+    began = time.process_time()
+    report = score_rows(enumerate(rows), "rm-bench")
+    assert time.process_time() - began < 2
+    assert report["n"] == 11_943
+    low, high = report["intervals"]["overall"]
+    assert 0.01 < high - low < 0.04

@@ -11,7 +11,9 @@ from rmr1.statistics import (
     Ratio,
     clustered_wilson,
     paired_difference,
+    percentiles,
     pooled,
+    resample,
     wilson,
 )
 
@@ -125,3 +127,76 @@ def test_no_difference_is_noise_and_draws_are_seeded() -> None:
     assert paired_difference([Ratio(0, 0)], [Ratio(1, 1)]) is None
     with pytest.raises(ValueError, match="same clusters"):
         paired_difference(before, after[:-1])
+
+
+# --- Resampling ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("clusters", "easy", "both_right"),
+    [(30, 0.6, False), (200, 0.6, False), (40, 0.97, False), (25, 1.0, True)],
+)
+def test_coverage_of_a_figure_made_of_two_shares(
+    clusters: int, easy: float, both_right: bool
+) -> None:
+    """The interval of a mean of two parts holds the truth about 95 times in 100.
+
+    Each stratum has clusters of three judgments of its own part; a cluster is easy or hard, so its
+    judgments depend on each other. `easy` near 1 is where a plain bootstrap has no width at times.
+    """
+    random = np.random.default_rng(7)
+    runs, held, widths = 150, 0, []
+    rights = [0.95, 1.0 if both_right else 0.9]
+    truth = np.mean([easy * right + (1 - easy) * 0.2 for right in rights])
+    strata = np.repeat([0, 1], clusters)
+    for seed in range(runs):
+        hits, trials = np.zeros((2 * clusters, 2)), np.zeros((2 * clusters, 2))
+        for part, right in enumerate(rights):
+            share = np.where(random.random(clusters) < easy, right, 0.2)
+            hits[strata == part, part] = (random.random((3, clusters)) < share).sum(0)
+            trials[strata == part, part] = 3
+        figure = resample(hits, trials, strata, resamples=400, seed=seed).mean(axis=1)
+        bounds = percentiles(figure)
+        assert bounds is not None
+        assert bounds[0] <= figure[0] <= bounds[1]
+        held += bounds[0] <= truth <= bounds[1]
+        widths.append(bounds[1] - bounds[0])
+    assert 0.88 <= held / runs <= 1.0
+    assert min(widths) > 0
+
+
+def test_shares_of_one_resample_belong_together() -> None:
+    # The second share is the first one's complement: their sum is 1 in every resample.
+    random = np.random.default_rng(0)
+    right = (random.random(50) < 0.7).astype(float)
+    hits = np.stack([right, 1 - right], axis=1)
+    found = resample(hits, np.ones_like(hits), np.zeros(50))
+    assert found.shape == (2001, 2)
+    assert found[0] == pytest.approx([right.mean(), 1 - right.mean()])
+    assert found.sum(axis=1) == pytest.approx(np.ones(2001))
+    assert np.array_equal(found, resample(hits, np.ones_like(hits), np.zeros(50)))
+
+
+def test_a_share_without_variance_gets_the_width_of_jeffreys_interval() -> None:
+    hits = np.ones((30, 1))
+    bounds = percentiles(resample(hits, hits, np.zeros(30))[:, 0])
+    assert bounds is not None
+    # Beta(30.5, 0.5): 2.5% of it lie below 0.9196, its mean is 0.9839.
+    assert bounds[0] == pytest.approx(1 - (0.9839 - 0.9196), abs=0.01)
+    assert bounds[1] == 1.0
+    single = percentiles(resample(np.ones((1, 1)), np.ones((1, 1)), np.zeros(1))[:, 0])
+    assert single is not None
+    assert single[0] < 0.5  # one item says next to nothing
+
+
+def test_a_mean_of_shares_without_variance_is_not_pulled_to_the_middle() -> None:
+    hits = np.zeros((3, 9))
+    drawn = resample(hits, np.ones((3, 9)), np.zeros(3)).mean(axis=1)
+    assert drawn[1:].mean() == pytest.approx(0, abs=0.01)
+
+
+def test_a_share_without_trials_is_nan() -> None:
+    hits = np.array([[1.0, 0.0], [0.0, 0.0]])
+    found = resample(hits, np.array([[1.0, 0.0], [1.0, 0.0]]), np.zeros(2), resamples=10)
+    assert np.isnan(found[:, 1]).all()
+    assert percentiles(found[:, 1]) is None
