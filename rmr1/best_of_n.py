@@ -15,13 +15,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from random import Random
+from typing import Any, Literal
 
 from rmr1.answers import Answers
-from rmr1.data import Message, Pair
+from rmr1.data import Message
 from rmr1.engine.sampling import SamplingParams
-from rmr1.judge import Answer, Placement, judge_pairs, majority
+from rmr1.judge import Answer, Judge, Placement, judge_pairs, pair_of, placements_of, vote
 from rmr1.prompts import Prompt
 
+Method = Literal["round_robin", "knockout"]
 Compare = Callable[[Sequence[tuple[int, int]]], Sequence[Answer | None]]
 
 
@@ -45,12 +47,32 @@ class Ranking:
         """The first in `order`."""
         return self.order[0]
 
+    def to_json(self, answers: Sequence[str]) -> dict[str, Any]:
+        """The answers with place and wins, best first, and what was compared."""
+        ranked = [
+            {"place": self.places[i], "wins": self.wins[i], "index": i, "answer": answers[i]}
+            for i in self.order
+        ]
+        return {
+            "best": self.best,
+            "ranking": ranked,
+            "tied": [list(group) for group in self.tied],
+            "comparisons": self.comparisons,
+            "undecided": len(self.undecided),
+        }
+
     @property
     def tied(self) -> tuple[tuple[int, ...], ...]:
         """Groups of candidates that share a place, best first."""
         groups = [tuple(i for i in self.order if self.places[i] == place)
                   for place in sorted(set(self.places))]  # fmt: skip
         return tuple(group for group in groups if len(group) > 1)
+
+
+def ranked(method: Method, candidates: int, compare: Compare, *, seed: int = 0) -> Ranking:
+    """By the tournament of that name."""
+    tournament = round_robin if method == "round_robin" else knockout
+    return tournament(candidates, compare, seed=seed)
 
 
 def round_robin(candidates: int, compare: Compare, *, seed: int = 0) -> Ranking:
@@ -124,7 +146,7 @@ def knockout(candidates: int, compare: Compare, *, seed: int = 0) -> Ranking:
 
 def comparer(
     model: Answers,
-    conversation: Sequence[Message],
+    asked: str | Sequence[Message],
     answers: Sequence[str],
     *,
     prompt: Prompt,
@@ -134,20 +156,45 @@ def comparer(
     """`compare` by a judge: a batch of pairs becomes one batch of prompts.
 
     `sampling.n` votes are taken in each placement and the majority counts, equal numbers being a
-    tie: with both placements, a judge that goes by position alone says tie.
+    tie: with both placements, a judge that goes by position alone says tie. ValueError when a
+    prompt is too long for the model.
     """
 
     def compare(pairs: Sequence[tuple[int, int]]) -> list[Answer | None]:
-        shown = [
-            # The label is a stand-in that no template shows.
-            Pair(f"{i}/{j}", "best-of-n", tuple(conversation), answers[i], answers[j], "A", "chat")
-            for i, j in pairs
-        ]
+        shown = [pair_of(asked, answers[i], answers[j]) for i, j in pairs]
         samples = judge_pairs(model, shown, prompt=prompt, sampling=sampling, placements=placements)
         each = sampling.n * len(placements)
-        return [majority(samples[at : at + each]).verdict for at in range(0, len(samples), each)]
+        return [vote(samples[at : at + each]).verdict for at in range(0, len(samples), each)]
 
     return compare
+
+
+def rank(
+    judge: Judge,
+    asked: str | Sequence[Message],
+    answers: Sequence[str],
+    *,
+    method: Method = "round_robin",
+    votes: int = 1,
+    swap: bool = False,
+    seed: int = 0,
+) -> Ranking:
+    """Order several answers to a prompt with a judge; see `Judge.compare` for votes and swap.
+
+    Raises:
+        ValueError: fewer than two answers, a malformed argument, a prompt too long for the model.
+    """
+    if len(answers) < 2:
+        raise ValueError(f"a ranking needs at least two answers, got {len(answers)}")
+    compare = comparer(
+        judge.model,
+        asked,
+        answers,
+        prompt=judge.prompt,
+        sampling=judge.sampling(votes),
+        placements=placements_of(swap=swap),
+    )
+    return ranked(method, len(answers), compare, seed=seed)
 
 
 def _lots(candidates: int, seed: int) -> list[int]:

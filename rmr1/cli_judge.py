@@ -6,55 +6,125 @@ What needs torch is imported where a verb runs, so that `--help` answers at once
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 from rich.console import Console
-from rich.text import Text
 
 from rmr1.cli_arguments import Verb
 from rmr1.cli_model import ModelVerb
+from rmr1.judgment_print import print_judgment, print_ranking
 from rmr1.terminal import phase
+
+if TYPE_CHECKING:
+    from rmr1.judge import Judge
 
 
 class JudgeOne(ModelVerb):
-    """Compare two answers to a prompt and show the judgment."""
+    """Compare two answers, rank several, or judge a file of comparisons.
 
-    prompt: str = Field(description="what was asked")
-    answer_a: str = Field(description="the first answer")
-    answer_b: str = Field(description="the second answer")
+    rmr1 judge --model DIR --prompt "2 + 2?" --answer_a 4 --answer_b 5 --swap
+    rmr1 judge --model DIR --prompt "2 + 2?" --answers answers.json
+    rmr1 judge --model DIR --input comparisons.jsonl --output judgments.jsonl
+
+    A line of --input is {"prompt": "...", "answer_a": "...", "answer_b": "..."}; what was judged
+    is not judged again when the same command runs anew. --answers is a JSON list of texts.
+    """
+
+    prompt: str = Field("", description="what was asked")
+    answer_a: str = Field("", description="the first answer")
+    answer_b: str = Field("", description="the second answer")
+    answers: str = Field("", description="JSON file with a list of answers, to be ranked")
+    method: Literal["round_robin", "knockout"] = Field(
+        "round_robin", description="ranking: each against each, or a knockout, which is shorter"
+    )
+    input: str = Field("", description="JSONL file of comparisons")
+    output: str = Field("", description="JSONL file of their judgments")
     votes: int = Field(1, ge=1, description="samples whose majority wins")
     swap: bool = Field(False, description="judge with the answers exchanged as well")
+    whole: bool = Field(False, description="print every judgment's text")
 
     @field_validator("prompt", "answer_a", "answer_b", mode="before")
     @classmethod
     def _a_text_is_always_set(cls, value: Any) -> Any:
-        # The parser makes None of `unset` (rmr1/cli_arguments.py), which is a text like any other
-        # here: what is required cannot be reset.
+        # The parser makes None of `unset` (rmr1/cli_arguments.py), a text like any other here.
         return "unset" if value is None else value
 
     def run(self) -> int:
-        """Judge once and print verdict and judgment."""
+        """Judge and print."""
+        compared = [self.prompt, self.answer_a, self.answer_b]
+        if bool(self.input) + bool(self.answers) + bool(self.answer_a) != 1:
+            raise ValueError(
+                "judge needs one of --answer_a and --answer_b, --answers, or --input and --output"
+            )
+        if self.input:
+            if not self.output or any(compared):
+                raise ValueError("judge --input needs --output, and no prompt or answers beside it")
+            return self._file()
+        if not self.prompt or not (self.answers or self.answer_b):
+            raise ValueError("judge needs --prompt with --answer_a and --answer_b, or --answers")
+        return self._rank() if self.answers else self._compare()
+
+    def _judge(self) -> Judge:
         from rmr1.judge import Judge
 
-        judge = Judge(
-            self.model,
-            style=self.template,
-            max_new_tokens=self.max_new_tokens,
-            seed=self.seed,
+        return Judge(
+            self.model, style=self.template, max_new_tokens=self.max_new_tokens, seed=self.seed
         )
-        found = judge.compare(
-            self.prompt, self.answer_a, self.answer_b, votes=self.votes, swap=self.swap
-        )
+
+    def _compare(self) -> int:
+        from rmr1.judge import pair_of
+        from rmr1.judgment_view import to_json
+
+        pair = pair_of(self.prompt, self.answer_a, self.answer_b)
+        (found,) = self._judge().compare_all([pair], votes=self.votes, swap=self.swap)
+        told = to_json(found, pair)
         if self.json_output:
-            print(json.dumps(asdict(found), ensure_ascii=False))
-            return 0
-        console = Console()
-        for one in found.samples or (found,):
-            console.print(Text(one.text))
-        console.print(Text(f"Verdict: {found.verdict or 'none could be read'}", style="bold"))
+            print(json.dumps(told, ensure_ascii=False))
+        else:
+            print_judgment(told, whole=self.whole)
         return 0
+
+    def _rank(self) -> int:
+        from rmr1.best_of_n import rank
+
+        answers = _texts(self.answers)
+        found = rank(
+            self._judge(), self.prompt, answers, method=self.method, votes=self.votes,
+            swap=self.swap, seed=self.seed,
+        )  # fmt: skip
+        told = found.to_json(answers)
+        if self.json_output:
+            print(json.dumps(told, ensure_ascii=False))
+        else:
+            print_ranking(told)
+        return 0
+
+    def _file(self) -> int:
+        from rmr1.judge_file import judge_file
+
+        judge = self._judge()
+        with phase("Judge", 1, "comparisons") as bar:
+            new = judge_file(
+                judge, self.input, self.output, votes=self.votes, swap=self.swap,
+                progress=bar.count,
+            )  # fmt: skip
+        Console(stderr=True).print(f"{new} judged, {self.output}", highlight=False)
+        return 0
+
+
+def _texts(path: str) -> list[str]:
+    """The list of texts in a JSON file."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); give a JSON file") from None
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{path}: no JSON ({error})") from None
+    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+        raise ValueError(f'{path}: wanted a JSON list of texts, as ["4", "5"]')
+    return found
 
 
 class Logprobs(Verb):

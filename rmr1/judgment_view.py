@@ -76,7 +76,11 @@ def to_json(found: Judgment, pair: Pair) -> dict[str, Any]:
     return {
         "verdict": found.verdict,
         "votes": found.votes,
-        **{name: value for name, value in asdict(first).items() if name != "evaluation"},
+        "task_type": first.task_type,
+        "rubric": [asdict(one) for one in first.rubric],
+        "justification": first.justification,
+        "solution": first.solution,
+        "quotes": [asdict(one) for one in first.quotes],
         "text": found.text,
         "judgments": [
             {

@@ -23,6 +23,7 @@ openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("fastapi")
 
+from rmr1.best_of_n import rank  # noqa: E402
 from rmr1.judge import Judge  # noqa: E402
 from rmr1.models import POCKET  # noqa: E402
 from rmr1.serving.app import ServerLimits, create_app  # noqa: E402
@@ -98,6 +99,22 @@ def test_a_comparison_says_what_led_to_it(url: str, judge: Judge) -> None:
     assert (told["model"], told["prompt_hash"]) == ("pocket", judge.prompt.hash)
     assert {"rubric", "solution", "quotes", "justification", "task_type"} <= told.keys()
     assert all(isinstance(quote["found"], bool) for quote in told["quotes"])
+
+
+@pytest.mark.parametrize("method", ["round_robin", "knockout"])
+def test_answers_are_ranked(url: str, judge: Judge, method: Any) -> None:
+    """As the judge ranks them in this process."""
+    answers = [PAIR.answer_a, PAIR.answer_b, "I do not know."]
+    body = {"prompt": BODY["prompt"], "answers": answers, "method": method, "swap": True}
+    status, told, _ = ask(f"{url}/v1/rank", body)
+    assert status == 200, told
+    found = rank(judge, BODY["prompt"], answers, method=method, swap=True)
+    assert {key: told[key] for key in found.to_json(answers)} == found.to_json(answers)
+    assert ask(f"{url}/v1/rank", {**body, "answers": ["one"]})[0] == 400
+    assert ask(f"{url}/v1/rank", {**body, "method": "elo"})[0] == 400
+    status, told, _ = ask(f"{url}/v1/rank", {**body, "answers": ["a", "long " * 3000]})
+    assert status == 400
+    assert "positions" in told["error"]["message"]
 
 
 def test_the_official_client(url: str, judge: Judge) -> None:

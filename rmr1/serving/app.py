@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -19,7 +19,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from rmr1.judge import Judge, pair_of
+from rmr1.best_of_n import ranked
+from rmr1.judge import Answer, Judge, pair_of
 from rmr1.judgment_view import to_json
 from rmr1.prompts import encode
 from rmr1.serving import chat
@@ -27,7 +28,7 @@ from rmr1.serving.batching import Batching, Busy
 from rmr1.serving.judging import ServedJudge
 from rmr1.serving.limits import Limits, error_body
 from rmr1.serving.metrics import Metrics
-from rmr1.serving.schemas import JudgeReply, JudgeRequest
+from rmr1.serving.schemas import JudgeReply, JudgeRequest, RankRequest
 
 Result = TypeVar("Result")
 
@@ -66,6 +67,7 @@ def create_app(judge: Judge, model: str, limits: ServerLimits) -> FastAPI:
     app.get("/metrics")(server.show_metrics)
     app.get("/v1/models")(server.models)
     app.post("/v1/judge", response_model=JudgeReply)(server.judge_pair)
+    app.post("/v1/rank")(server.rank_answers)
     app.post("/v1/chat/completions")(server.chat_completions)
     return app
 
@@ -101,6 +103,22 @@ class _Server:
         told = to_json(found, pair)
         self.metrics.tokens(told["usage"]["prompt_tokens"], told["usage"]["completion_tokens"])
         self.metrics.verdict(found.verdict)
+        return told | {"model": self.model, "prompt_hash": self.judge.prompt.hash}
+
+    async def rank_answers(self, body: RankRequest, request: Request) -> dict[str, Any]:
+        """Order several answers, the best first."""
+        asked, seed = body.conversation(), self.judge.sampled.seed
+        loop = asyncio.get_running_loop()
+
+        def compare(pairs: Sequence[tuple[int, int]]) -> list[Answer | None]:
+            shown = [pair_of(asked, body.answers[i], body.answers[j]) for i, j in pairs]
+            work = self.served.compare(shown, votes=body.votes, swap=body.swap)
+            asking = asyncio.run_coroutine_threadsafe(self._while_wanted(request, work), loop)
+            return [one.verdict for one in asking.result()]
+
+        # A tournament is plain code that waits for its rounds: it has a thread to wait on.
+        found = await asyncio.to_thread(ranked, body.method, len(body.answers), compare, seed=seed)
+        told = found.to_json(body.answers)
         return told | {"model": self.model, "prompt_hash": self.judge.prompt.hash}
 
     async def chat_completions(self, body: chat.ChatRequest, request: Request) -> Response:
