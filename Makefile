@@ -30,8 +30,9 @@ demo: $(STAMP)
 demo-smollm2: $(STAMP)
 	$(BIN)/rmr1 demo recipes/demo-smollm2.toml
 
+# A process for each core, at most four, of one thread each: tests are small, and there are many.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
