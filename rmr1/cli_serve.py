@@ -17,7 +17,7 @@ class Serve(ModelVerb):
     """Serve a judge over HTTP: /v1/judge, /v1/rank, OpenAI's /v1/chat/completions, /metrics.
 
     rmr1 serve --model runs/rlvr/checkpoints/step-000062
-    curl localhost:8000/v1/judge -d '{"prompt": "2 + 2?", "answer_a": "4", "answer_b": "5"}'
+    curl localhost:8000/v1/judge --json '{"prompt": "2 + 2?", "answer_a": "4", "answer_b": "5"}'
 
     Requests that come at the same time are computed together. Ctrl-C or SIGTERM finishes those
     that are open. The page /docs shows the API.

@@ -52,7 +52,8 @@ def grounding(
 ) -> list[float]:
     """The share of quotes that occur in the answer they are said to be from; 0 without quotes.
 
-    Runs of spaces count as one, and quotation marks around a quote as none.
+    Runs of spaces count as one, and quotation marks around a quote as none. A quote that is too
+    short to say anything counts as one that does not occur.
     """
     return [
         _grounded(verdict, text, pair)
@@ -61,16 +62,26 @@ def grounding(
 
 
 def _grounded(verdict: Verdict, text: str, pair: Pair) -> float:
-    found = [quoted(text, span, pair.answer_a) for span in verdict.quotes_a]
-    found += [quoted(text, span, pair.answer_b) for span in verdict.quotes_b]
+    found = [
+        quoted(text, span, answer) and _says_something(text, span, answer)
+        for spans, answer in ((verdict.quotes_a, pair.answer_a), (verdict.quotes_b, pair.answer_b))
+        for span in spans
+    ]
     return sum(found) / len(found) if found else 0.0
 
 
 def quoted(text: str, span: Span, answer: str) -> bool:
     """Whether a judgment's quote stands in an answer."""
-    quote = " ".join(text[span.start : span.end].split()).strip("\"'“”‘’«» ")
-    whole = " ".join(answer.split())
-    return len(quote) >= min(SHORTEST_QUOTE, len(whole)) and bool(quote) and quote in whole
+    quote = _bare(text, span)
+    return bool(quote) and quote in " ".join(answer.split())
+
+
+def _says_something(text: str, span: Span, answer: str) -> bool:
+    return len(_bare(text, span)) >= min(SHORTEST_QUOTE, len(" ".join(answer.split())))
+
+
+def _bare(text: str, span: Span) -> str:
+    return " ".join(text[span.start : span.end].split()).strip("\"'“”‘’«» ")
 
 
 def well_formed(verdicts: Sequence[Verdict]) -> list[float]:

@@ -182,7 +182,10 @@ def _answer_errors(app: FastAPI) -> None:
     """Every error as OpenAI's clients read it."""
 
     @app.exception_handler(RequestValidationError)
-    async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
+        if request.headers.get("content-type", "").partition(";")[0] != "application/json":
+            told = "the body must come with Content-Type: application/json (curl: --json)"
+            return JSONResponse(error_body(told, "invalid_request_error"), 400)
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body")
         told = f"{where}: {first['msg']}" if where else str(first["msg"])
