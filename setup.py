@@ -38,6 +38,16 @@ extension = Extension(
 )
 
 setup(
-    packages=["rmr1", "rmr1.engine", "rmr1.kernels", "rmr1.serving", "rmr1.tasks"],
+    packages=[
+        "rmr1",
+        "rmr1.datasets",
+        "rmr1.engine",
+        "rmr1.evals",
+        "rmr1.kernels",
+        "rmr1.reporting",
+        "rmr1.serving",
+        "rmr1.tasks",
+        "rmr1.verbs",
+    ],
     ext_modules=[extension],
 )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import harness
 from markupsafe import Markup
 
-from rmr1.report_charts import Scale, nice_ticks, tick_labels
+from rmr1.reporting.charts import Scale, nice_ticks, tick_labels
 
 LEFT, WIDE, LINE, TOP = 190.0, 460.0, 30.0, 34.0
 STYLE = """

@@ -130,8 +130,8 @@ def texts(data: Path | None) -> list[str]:
 
         pairs = draw_pairs(8000, seed=0, split="train")
     else:
-        from rmr1.benchmark_items import Showing
-        from rmr1.rm_bench_items import load_rm_bench
+        from rmr1.evals.benchmark_items import Showing
+        from rmr1.evals.rm_bench_items import load_rm_bench
 
         items = list(load_rm_bench(data).items)
         Random(0).shuffle(items)

@@ -9,7 +9,7 @@ from textwrap import wrap
 import harness
 from markupsafe import Markup
 
-from rmr1.report_charts import Scale, nice_ticks, tick_labels
+from rmr1.reporting.charts import Scale, nice_ticks, tick_labels
 
 NAMES = {"grpo": "GRPO", "dr_grpo": "Dr.GRPO", "dapo": "DAPO", "gspo": "GSPO", "cispo": "CISPO",
          "rloo": "RLOO", "rm_r1": "RM-R1"}  # fmt: skip

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rmr1.report_charts import Scale, figure
+from rmr1.reporting.charts import Scale, figure
 
 Row = dict[str, Any]
 

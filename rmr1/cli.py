@@ -13,28 +13,36 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-# verb -> (module, class, one line of help)
+# verb -> (module of rmr1/verbs, class, one line of help)
 VERBS = {
-    "demo": ("rmr1.cli_training", "Demo", "train a judge end to end in ten minutes, with a report"),
-    "sft": ("rmr1.cli_training", "Sft", "stage 1: distil judgments from traces"),
-    "rlvr": ("rmr1.cli_training", "Rlvr", "stage 2: RL with verifiable rewards (GRPO)"),
-    "eval": ("rmr1.cli_eval", "Eval", "accuracy of a judge on tasks, pairs or RM-Bench"),
-    "score": ("rmr1.cli_eval", "Score", "aggregate judgments by a benchmark's official rule"),
-    "judge": ("rmr1.cli_judge", "JudgeOne", "compare two answers"),
-    "serve": ("rmr1.cli_serve", "Serve", "the judge over HTTP, with OpenAI's chat API beside it"),
-    "trace": ("rmr1.cli_trace", "Trace", "judgments to distil from, by models behind an endpoint"),
-    "logprobs": ("rmr1.cli_judge", "Logprobs", "log-probabilities of given tokens"),
-    "data": ("rmr1.cli_data", "Data", "write embedded tasks as pairs, or check a file of pairs"),
-    "data build": ("rmr1.cli_data", "DataBuild", "training sets from public preference sets"),
-    "report": ("rmr1.cli_tools", "Report", "the HTML report of a run"),
-    "export": ("rmr1.cli_tools", "Export", "a checkpoint's model as a plain model directory"),
+    "demo": (
+        "training",
+        "Demo",
+        "train a judge end to end in ten minutes, with a report",
+    ),
+    "sft": ("training", "Sft", "stage 1: distil judgments from traces"),
+    "rlvr": ("training", "Rlvr", "stage 2: RL with verifiable rewards (GRPO)"),
+    "eval": ("eval", "Eval", "accuracy of a judge on tasks, pairs or RM-Bench"),
+    "score": ("eval", "Score", "aggregate judgments by a benchmark's official rule"),
+    "judge": ("judge", "JudgeOne", "compare two answers"),
+    "serve": ("serve", "Serve", "the judge over HTTP, with OpenAI's chat API beside it"),
+    "trace": (
+        "trace",
+        "Trace",
+        "judgments to distil from, by models behind an endpoint",
+    ),
+    "logprobs": ("judge", "Logprobs", "log-probabilities of given tokens"),
+    "data": ("data", "Data", "write embedded tasks as pairs, or check a file of pairs"),
+    "data build": ("data", "DataBuild", "training sets from public preference sets"),
+    "report": ("tools", "Report", "the HTML report of a run"),
+    "export": ("tools", "Export", "a checkpoint's model as a plain model directory"),
     "plan": (
-        "rmr1.cli_plan",
+        "plan",
         "Plan",
         "whether a recipe fits some GPUs, and its time by estimate",
     ),
-    "bench": ("rmr1.cli_tools", "Bench", "run the benchmarks"),
-    "doctor": ("rmr1.cli_tools", "Doctor", "what this machine and installation can do"),
+    "bench": ("tools", "Bench", "run the benchmarks"),
+    "doctor": ("tools", "Doctor", "what this machine and installation can do"),
 }
 
 
@@ -89,9 +97,9 @@ def _run(args: list[str]) -> int:
     if not log.handlers:
         log.addHandler(_Tell())
     try:
-        from rmr1.cli_arguments import parse
+        from rmr1.verbs.arguments import parse
 
-        kind = getattr(import_module(module), name)
+        kind = getattr(import_module(f"rmr1.verbs.{module}"), name)
         verb = parse(kind, args[words:], prog=f"rmr1 {verb_name}")
         return int(verb.run())
     except SystemExit as stop:  # the parser's way out of --help
@@ -104,7 +112,7 @@ def _run(args: list[str]) -> int:
     except (ValueError, OSError, MemoryError) as error:
         if os.environ.get("RMR1_TRACEBACK"):
             raise
-        print(f"rmr1: {_sentence(error, trains=module == 'rmr1.cli_training')}", file=sys.stderr)
+        print(f"rmr1: {_sentence(error, trains=module == 'training')}", file=sys.stderr)
         return 2
 
 

@@ -174,7 +174,7 @@ def read_pairs(path: str | Path) -> list[Pair]:
     lines: dict[str, int] = {}  # id -> where it stands
     unit, rows = "line", read_rows
     if Path(path).suffix == ".parquet":
-        from rmr1.row_files import parquet_rows  # pyarrow is an extra
+        from rmr1.datasets.row_files import parquet_rows  # pyarrow is an extra
 
         unit, rows = "row", parquet_rows
     for number, row in rows(path):

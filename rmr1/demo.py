@@ -25,7 +25,7 @@ from rmr1.evaluate import Evaluation, compare, summarise
 from rmr1.judge import BOTH_PLACEMENTS, Judgment, judge_pairs
 from rmr1.models import load_tokenizer, resolve_model
 from rmr1.prompts import load_prompt
-from rmr1.report import write_report
+from rmr1.reporting.report import write_report
 from rmr1.rlvr import rlvr
 from rmr1.run import refuse_changes, sample_row
 from rmr1.tasks.catalog import draw_pairs

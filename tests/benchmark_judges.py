@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from rmr1.answers import PROMPT_TOO_LONG, Progress, Reply
-from rmr1.benchmark_items import Dataset
-from rmr1.benchmark_run import BenchmarkRun, Making, run_benchmark
 from rmr1.data import Message
 from rmr1.engine.sampling import SamplingParams
+from rmr1.evals.benchmark_items import Dataset
+from rmr1.evals.benchmark_run import BenchmarkRun, Making, run_benchmark
 from rmr1.prompts import load_prompt
 
 PAIRS = "Pairwise_set/Helpfulness/Chat/Discussion"

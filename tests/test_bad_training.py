@@ -30,7 +30,7 @@ from rmr1.engine.packing import Batch, Counts, Responses, pack
 from rmr1.engine.tensor_files import read_tensors
 from rmr1.engine.trainer import Loss, StepStats, Trainer
 from rmr1.engine.weights import load_model, read_config, save_model
-from rmr1.report import write_report
+from rmr1.reporting.report import write_report
 from rmr1.rlvr import rlvr
 
 Make = Callable[..., RlvrConfig]

@@ -240,7 +240,7 @@ def test_the_verb_compares_draws_and_prints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "benchmarks").mkdir()
-    monkeypatch.setattr("rmr1.cli_tools.ROOT", tmp_path)
+    monkeypatch.setattr("rmr1.verbs.tools.ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
     for times in (2.0, 3.0):
         rows = json.dumps([row("copy", 1.0), row("rmr1 op", times)])

@@ -21,13 +21,13 @@ from benchmark_judges import (
     write_json,
 )
 
-from rmr1 import benchmark_files
-from rmr1.benchmark_files import JudgmentFiles
-from rmr1.benchmark_items import Dataset
-from rmr1.benchmark_run import run_benchmark
 from rmr1.cli import main
 from rmr1.engine.launch import Launch
-from rmr1.rm_bench_items import load_rm_bench
+from rmr1.evals import benchmark_files
+from rmr1.evals.benchmark_files import JudgmentFiles
+from rmr1.evals.benchmark_items import Dataset
+from rmr1.evals.benchmark_run import run_benchmark
+from rmr1.evals.rm_bench_items import load_rm_bench
 
 
 @pytest.fixture(autouse=True)
@@ -183,10 +183,10 @@ RANK = """
 import sys
 from pathlib import Path
 from benchmark_judges import Judge, making
-from rmr1.benchmark_run import run_benchmark
+from rmr1.evals.benchmark_run import run_benchmark
 from rmr1.cli import main
 from rmr1.engine.launch import launched
-from rmr1.rm_bench_items import load_rm_bench
+from rmr1.evals.rm_bench_items import load_rm_bench
 done = run_benchmark(
     Judge(), load_rm_bench(sys.argv[1]), making(), output=sys.argv[2], place=launched()
 )

@@ -24,12 +24,12 @@ from benchmark_judges import (
     write_json,
 )
 
-from rmr1.benchmark_items import Contest, Dataset, Item, plan
-from rmr1.judgment_rows import Benchmark
-from rmr1.rewardbench_items import load_rewardbench
-from rmr1.rm_bench_items import load_rm_bench
-from rmr1.rmb_items import load_rmb
-from rmr1.score import score_file
+from rmr1.evals.benchmark_items import Contest, Dataset, Item, plan
+from rmr1.evals.judgment_rows import Benchmark
+from rmr1.evals.rewardbench_items import load_rewardbench
+from rmr1.evals.rm_bench_items import load_rm_bench
+from rmr1.evals.rmb_items import load_rmb
+from rmr1.evals.score import score_file
 
 REAL = Path(__file__).parents[1] / ".." / "shared" / "data" / "rm-bench"
 real_data = pytest.mark.skipif(

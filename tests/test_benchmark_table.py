@@ -24,14 +24,14 @@ from benchmark_judges import (
 from endpoint_server import Reply, serving
 from rich.console import Console
 
-from rmr1.benchmark_table import print_score
 from rmr1.cli import main
-from rmr1.paper_results import TOTAL, WHOLE, differences, published
-from rmr1.rewardbench_items import load_rewardbench
-from rmr1.rm_bench_items import load_rm_bench
-from rmr1.rmb_items import load_rmb
-from rmr1.score import score_rows
-from rmr1.score_rules import REWARDBENCH_SUBSETS
+from rmr1.evals.benchmark_table import print_score
+from rmr1.evals.paper_results import TOTAL, WHOLE, differences, published
+from rmr1.evals.rewardbench_items import load_rewardbench
+from rmr1.evals.rm_bench_items import load_rm_bench
+from rmr1.evals.rmb_items import load_rmb
+from rmr1.evals.score import score_rows
+from rmr1.evals.score_rules import REWARDBENCH_SUBSETS
 
 
 @pytest.fixture

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 
 from rmr1.cli import VERBS, main, usage
-from rmr1.cli_arguments import parse
-from rmr1.cli_judge import JudgeOne
 from rmr1.data import read_pairs, write_pairs
 from rmr1.engine import gguf
 from rmr1.models import POCKET
 from rmr1.tasks.catalog import draw_pairs
+from rmr1.verbs.arguments import parse
+from rmr1.verbs.judge import JudgeOne
 
 Refused = Callable[..., str]
 
@@ -669,7 +669,7 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def run(_: object) -> int:
         raise error
 
-    monkeypatch.setattr("rmr1.cli_tools.Doctor.run", run)
+    monkeypatch.setattr("rmr1.verbs.tools.Doctor.run", run)
 
 
 @pytest.mark.parametrize(
@@ -700,7 +700,7 @@ def test_a_full_disk_in_training_tells_of_the_checkpoint(
         raise OSError(errno.ENOSPC, "No space left on device", "runs/x")
 
     for verb in ("Sft", "Rlvr", "Demo"):
-        monkeypatch.setattr(f"rmr1.cli_training.{verb}.run", run)
+        monkeypatch.setattr(f"rmr1.verbs.training.{verb}.run", run)
         args = [] if verb == "Demo" else ["--model", "pocket", "--data.tasks", "5"]
         assert refused(verb.lower(), *args) == (
             "runs/x: No space left on device; free some space, the last checkpoint is whole"

@@ -12,7 +12,7 @@ import pytest
 
 from rmr1.cli import main
 from rmr1.config import load_config
-from rmr1.data_build_config import BuildConfig
+from rmr1.datasets.build_config import BuildConfig
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 Told = Callable[..., tuple[int, str, str]]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from rmr1.config import RlvrConfig, SftConfig, load_config, to_toml
-from rmr1.data_build_config import BuildConfig
+from rmr1.datasets.build_config import BuildConfig
 from rmr1.demo_config import DemoConfig, rlvr_config, sft_config
 from rmr1.grpo_config import GrpoConfig
 from rmr1.trace import TraceConfig
@@ -151,7 +151,7 @@ def test_an_unknown_key_is_an_error_that_lists_the_known_ones(
 
 
 def test_the_keys_of_a_verb_do_not_include_its_own_arguments(tmp_path: Path) -> None:
-    from rmr1.cli_training import Demo, Rlvr
+    from rmr1.verbs.training import Demo, Rlvr
 
     for kind in (Demo, Rlvr):
         sentence = told(kind, toml(tmp_path, "stepz = 3"), STAGE if kind is Rlvr else {})

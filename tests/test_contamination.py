@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from rmr1.contamination import Benchmarks, Hit, benchmark_prompts
 from rmr1.data import Message
-from rmr1.rm_bench_items import load_rm_bench
+from rmr1.datasets.contamination import Benchmarks, Hit, benchmark_prompts
+from rmr1.evals.rm_bench_items import load_rm_bench
 
 RM_BENCH = Path(__file__).parent.parent.parent / "shared" / "data" / "rm-bench"
 LONG = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"

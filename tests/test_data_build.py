@@ -17,9 +17,9 @@ import pyarrow.parquet
 import pytest
 
 from rmr1.data import Message, Pair, read_pairs, write_pairs
-from rmr1.data_build import build
-from rmr1.data_build_config import BuildConfig
-from rmr1.data_report import BuildReport
+from rmr1.datasets.build import build
+from rmr1.datasets.build_config import BuildConfig
+from rmr1.datasets.build_report import BuildReport
 from rmr1.prompts import SHIPPED_PROMPTS, load_prompt
 from rmr1.terminal import Phase
 
@@ -403,8 +403,8 @@ def test_an_interrupted_build_leaves_the_old_files(at: str) -> None:
 MEASURE = """
 import re
 from contextlib import nullcontext
-from rmr1.data_build import build
-from rmr1.data_build_config import BuildConfig
+from rmr1.datasets.build import build
+from rmr1.datasets.build_config import BuildConfig
 from rmr1.terminal import Phase
 config = BuildConfig.model_validate({
     "sources": {"a": {"path": "rows.jsonl", "format": "trl", "kind": "chat"}},

@@ -23,7 +23,7 @@ from rmr1.demo_config import DemoConfig
 from rmr1.engine.weights import load_model
 from rmr1.models import load_tokenizer
 from rmr1.prompts import encode, load_prompt
-from rmr1.report import write_report
+from rmr1.reporting.report import write_report
 from rmr1.tasks.catalog import draw_pairs
 from rmr1.terminal import Phase
 

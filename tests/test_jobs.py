@@ -82,7 +82,9 @@ def test_a_job_is_as_one_process(
     # And with the generator's memory given back during updates, which changes nothing.
     released = CHANGES | {"rollout": {**CHANGES["rollout"], "release": True}}
     config = rlvr_config(name="job", zero={"stage": stage}, grpo=GRPO, **released)
-    ended = run_ranks(command(config, tmp_path), ranks)
+    built = tmp_path / "extensions"
+    ended = run_ranks(command(config, tmp_path), ranks, TORCH_EXTENSIONS_DIR=str(built))
+    assert not built.exists()  # nothing is compiled, under a lock that a killed rank would leave
     assert [status for status, _, _ in ended] == [0] * ranks, ended[0][2][-3000:]
     close(rows(config), rows(alone))
     assert any(row["prompts"] > 3 for row in rows(alone))  # some groups taught nothing

@@ -8,14 +8,14 @@ import sqlite3
 import numpy as np
 import pytest
 
-from rmr1.near_duplicates import (
+from rmr1.datasets.near_duplicates import (
     CANDIDATES,
     SIGNATURE,
     NearDuplicates,
     band_rows,
     found_share,
 )
-from rmr1.shingles import Hashes, jaccard, mix, ngrams, normal, shingles
+from rmr1.datasets.shingles import Hashes, jaccard, mix, ngrams, normal, shingles
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 

@@ -18,8 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rmr1.data import Pair
-from rmr1.report import write_report
-from rmr1.report_charts import (
+from rmr1.reporting.charts import (
     BOTTOM,
     HEIGHT,
     LEFT,
@@ -36,7 +35,8 @@ from rmr1.report_charts import (
     thinned,
     tick_labels,
 )
-from rmr1.report_judgments import Sample, find_quote, mark_answer, mark_judgment, pick_samples
+from rmr1.reporting.judgments import Sample, find_quote, mark_answer, mark_judgment, pick_samples
+from rmr1.reporting.report import write_report
 
 ATTACK = '<script>alert("x")</script><img src=x onerror=alert(1)>'
 JUDGMENT = """<type>Chat</type>

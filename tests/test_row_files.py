@@ -14,7 +14,14 @@ import pyarrow.parquet
 import pytest
 
 from rmr1.data import Pair, read_pairs, write_pairs
-from rmr1.row_files import PairWriter, count_rows, files_of, hub_rows, parquet_rows, rows_of
+from rmr1.datasets.row_files import (
+    PairWriter,
+    count_rows,
+    files_of,
+    hub_rows,
+    parquet_rows,
+    rows_of,
+)
 
 ROWS: list[dict[str, Any]] = [
     {"n": n, "text": f'é "{n}" \\ ] , 🙂 {"x" * n}', "turns": [{"role": "user", "content": "[1,"}]}
@@ -41,7 +48,7 @@ def write_all(folder: Path) -> list[Path]:
 def test_every_kind_of_file_gives_the_same_rows(
     tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rmr1.row_files._CHUNK", chunk)
+    monkeypatch.setattr("rmr1.datasets.row_files._CHUNK", chunk)
     rows = ROWS if chunk > 61 else ROWS[:40]
     for path in write_all(tmp_path):
         found = list(islice(rows_of(path), len(rows)))
@@ -162,7 +169,7 @@ def test_pairs_in_parquet_name_their_row(tmp_path: Path) -> None:
 
 READ = """
 import re, sys
-from rmr1.row_files import rows_of
+from rmr1.datasets.row_files import rows_of
 count = sum(1 for _ in rows_of(sys.argv[1]))
 # Not ru_maxrss: that begins with what the parent held when it forked.
 peak = re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]

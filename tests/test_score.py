@@ -11,8 +11,8 @@ from random import Random
 import pytest
 from rewardbench_reference import SEEDS, counts_of, official, random_judgments
 
-from rmr1.score import score_file, score_rows
-from rmr1.score_rules import REWARDBENCH_SUBSETS
+from rmr1.evals.score import score_file, score_rows
+from rmr1.evals.score_rules import REWARDBENCH_SUBSETS
 
 
 def write(path: Path, rows: list[dict]) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rmr1.data import Pair
-from rmr1.sources import (
+from rmr1.datasets.sources import (
     NO_ASSISTANT,
     NO_RIGHT_VERDICT,
     OTHER_CONVERSATIONS,

@@ -165,6 +165,9 @@ def _initialize(scorer: Scorer, adamw: torch.optim.AdamW, settings: dict[str, An
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # though there may be a GPU
     import deepspeed
 
+    # On a CPU it would compile an op for ranks of one machine, under a lock that a killed process
+    # leaves behind: every later job would then wait for ever. gloo does without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.WARNING)  # its pages of settings are no news
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # nor what it calls
     engine, *_ = deepspeed.initialize(

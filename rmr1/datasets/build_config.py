@@ -8,10 +8,10 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints, model_validator
 
 from rmr1.data import Kind
+from rmr1.datasets.row_files import ENDINGS
+from rmr1.datasets.sources import FormatName
 from rmr1.prompts import Part, PromptStyle, load_prompt
-from rmr1.row_files import ENDINGS
 from rmr1.section import Section
-from rmr1.sources import FormatName
 
 # No dots: a key of a source is overridden as --sources.NAME.key.
 SourceName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]

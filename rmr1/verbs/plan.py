@@ -12,9 +12,9 @@ from pydantic_settings import CliPositionalArg
 from rich.console import Console
 from rich.table import Table
 
-from rmr1.cli_arguments import Verb
 from rmr1.config import RlvrConfig, SftConfig, load_config
 from rmr1.gpus import GPUS, MEMORY_SHARE, NODE
+from rmr1.verbs.arguments import Verb
 
 if TYPE_CHECKING:
     from rmr1.engine.model_config import ModelConfig

@@ -23,8 +23,8 @@ from typing import Any, get_args
 import numpy as np
 
 from rmr1.data import read_rows
-from rmr1.judgment_rows import Benchmark, ScoredRow, failures, made_by, scored_rows
-from rmr1.score_rules import (
+from rmr1.evals.judgment_rows import Benchmark, ScoredRow, failures, made_by, scored_rows
+from rmr1.evals.score_rules import (
     EVERY,
     STYLES,
     Part,

@@ -1,6 +1,6 @@
 """One row of a file of judgments: what tells it apart, and what the scorer reads in it.
 
-See rmr1/score.py for the fields.
+See rmr1/evals/score.py for the fields.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rmr1.score_rules import REWARDBENCH_SUBSETS, RM_BENCH_DOMAINS, RMB_GOALS, Part
+from rmr1.evals.score_rules import REWARDBENCH_SUBSETS, RM_BENCH_DOMAINS, RMB_GOALS, Part
 
 Benchmark = Literal["rewardbench", "rm-bench", "rmb"]
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, field_validator
 from rich.console import Console
 
-from rmr1.cli_arguments import Verb
-from rmr1.cli_model import ModelVerb
 from rmr1.judgment_print import print_judgment, print_ranking
 from rmr1.terminal import phase
+from rmr1.verbs.arguments import Verb
+from rmr1.verbs.model import ModelVerb
 
 if TYPE_CHECKING:
     from rmr1.judge import Judge
@@ -48,7 +48,7 @@ class JudgeOne(ModelVerb):
     @field_validator("prompt", "answer_a", "answer_b", mode="before")
     @classmethod
     def _a_text_is_always_set(cls, value: Any) -> Any:
-        # The parser makes None of `unset` (rmr1/cli_arguments.py), a text like any other here.
+        # The parser makes None of `unset` (rmr1/verbs/arguments.py), a text like any other here.
         return "unset" if value is None else value
 
     def run(self) -> int:

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rmr1.data import write_whole
-from rmr1.data_build_config import BuildConfig, SourceConfig
-from rmr1.data_filters import Dropped, Filters
-from rmr1.data_report import BuildReport, Tally, expectations
-from rmr1.data_store import PairStore, Part
-from rmr1.row_files import Located, PairWriter, count_rows, hub_rows, rows_of
-from rmr1.sources import Unfit, candidate_from_row
+from rmr1.datasets.build_config import BuildConfig, SourceConfig
+from rmr1.datasets.build_report import BuildReport, Tally, expectations
+from rmr1.datasets.filters import Dropped, Filters
+from rmr1.datasets.row_files import Located, PairWriter, count_rows, hub_rows, rows_of
+from rmr1.datasets.sources import Unfit, candidate_from_row
+from rmr1.datasets.store import PairStore, Part
 from rmr1.tasks.catalog import draw_pairs
 from rmr1.terminal import Phase, phase
 

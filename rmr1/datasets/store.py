@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rmr1.data import Label, Pair
-from rmr1.sources import Candidate
+from rmr1.datasets.sources import Candidate
 
 Part = Literal["rl", "distill"]
 

@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rmr1.cli_arguments import SETTINGS, Verb
 from rmr1.data import read_pairs, write_pairs
-from rmr1.data_build_config import BuildConfig
+from rmr1.datasets.build_config import BuildConfig
 from rmr1.tasks.catalog import draw_pairs
+from rmr1.verbs.arguments import SETTINGS, Verb
 
 
 class DataBuild(BuildConfig, Verb):
@@ -36,8 +36,8 @@ class DataBuild(BuildConfig, Verb):
 
     def run(self) -> int:
         """Build, and print what came of every row."""
-        from rmr1.data_build import build
-        from rmr1.data_report import print_build
+        from rmr1.datasets.build import build
+        from rmr1.datasets.build_report import print_build
 
         config = BuildConfig.model_validate(self.model_dump(include=set(BuildConfig.model_fields)))
         report = build(config)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from rmr1.data import pair_from_row
-from rmr1.report_judgments import Sample
+from rmr1.reporting.judgments import Sample
 
 INPUTS = ("metrics.jsonl", "evaluations.json", "samples.jsonl", "config.toml")
 TRAINING_STAGES = ("sft", "rlvr")

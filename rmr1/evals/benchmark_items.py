@@ -22,8 +22,8 @@ from random import Random
 from typing import Any
 
 from rmr1.data import Kind, Label, Message, Pair, refuse_half_characters
-from rmr1.judgment_rows import Benchmark, key_of
-from rmr1.row_files import files_of, hub_rows, rows_of
+from rmr1.datasets.row_files import files_of, hub_rows, rows_of
+from rmr1.evals.judgment_rows import Benchmark, key_of
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(?::[\w.-]+)?")
 _ROLES = ("system", "user", "assistant")

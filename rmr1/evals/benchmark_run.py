@@ -1,8 +1,9 @@
 """`rmr1 eval rewardbench | rm-bench | rmb`: a judge works through a benchmark.
 
-Its judgments land in JSONL, batch by batch, in the format of rmr1/score.py, with their text and
-what made them; a run that was cut off goes on where it stopped, with any number of ranks
-(rmr1/benchmark_files.py). One vote is greedy, as the published figures are; several are sampled.
+Its judgments land in JSONL, batch by batch, in the format of rmr1/evals/score.py, with their text
+and what made them; a run that was cut off goes on where it stopped, with any number of ranks
+(rmr1/evals/benchmark_files.py). One vote is greedy, as the published figures are; several are
+sampled.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from rmr1.answers import Answers, Progress
-from rmr1.benchmark_files import JudgmentFiles
-from rmr1.benchmark_items import Dataset, Showing, digest, plan
 from rmr1.engine.launch import Launch
 from rmr1.engine.sampling import SamplingParams
+from rmr1.evals.benchmark_files import JudgmentFiles
+from rmr1.evals.benchmark_items import Dataset, Showing, digest, plan
+from rmr1.evals.judgment_rows import key_of, scored_rows
+from rmr1.evals.score import Report, score_file
 from rmr1.judge import Judgment, judge_pairs, majority
 from rmr1.judgment_log import append
-from rmr1.judgment_rows import key_of, scored_rows
 from rmr1.prompts import Prompt
-from rmr1.score import Report, score_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +140,7 @@ def run_benchmark(
     `limit` takes the first so many items of each part; `both_orders` judges each pair twice. As
     rank `place` of a job this process judges its share of the items; the first rank waits for the
     others and scores, the others return None. `progress` counts judgments of the share, those
-    found included. `unparsed` is what a judgment earns that names neither answer (rmr1/score.py).
+    found included. `unparsed` is what a judgment earns that names neither answer (score.py).
 
     Raises:
         ValueError: the output holds judgments of another making, or none of this benchmark; the

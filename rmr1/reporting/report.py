@@ -1,7 +1,7 @@
 """The report of a run: one self-contained HTML file that opens offline.
 
-It is made from what the run directory holds (rmr1/report_input.py) and says what is missing, so a
-run in progress has a report too.
+It is made from what the run directory holds (rmr1/reporting/input.py) and says what is missing, so
+a run in progress has a report too.
 
 Everything that models or data wrote is escaped by the template engine. The page forbids itself
 any network access (Content-Security-Policy), and runs no script but its own.
@@ -20,9 +20,9 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from rmr1.data import write_whole
-from rmr1.report_charts import Interval, Series, figure, interval_chart, line_chart
-from rmr1.report_input import RunData, bounds_of, finite, read_run
-from rmr1.report_judgments import mark_judgment, pick_samples
+from rmr1.reporting.charts import Interval, Series, figure, interval_chart, line_chart
+from rmr1.reporting.input import RunData, bounds_of, finite, read_run
+from rmr1.reporting.judgments import mark_judgment, pick_samples
 from rmr1.terminal import STAGES, duration, in_order
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")

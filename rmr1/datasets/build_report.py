@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rmr1.data import Label
-from rmr1.data_build_config import BuildConfig
+from rmr1.datasets.build_config import BuildConfig
 from rmr1.terminal import percent
 
 

@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rmr1.data import Message
-from rmr1.row_files import rows_of
-from rmr1.shingles import Hashes, ngrams, words
+from rmr1.datasets.row_files import rows_of
+from rmr1.datasets.shingles import Hashes, ngrams, words
 
 RUN = 13  # words, as GPT-3's authors and most since have it
 _FIELDS = ("prompt", "conversation_input")

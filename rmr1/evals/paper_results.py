@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rmr1.judgment_rows import Benchmark
+from rmr1.evals.judgment_rows import Benchmark
 
 TITLES: dict[Benchmark, str] = {
     "rewardbench": "RewardBench", "rm-bench": "RM-Bench", "rmb": "RMB",

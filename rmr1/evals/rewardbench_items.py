@@ -8,10 +8,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rmr1.benchmark_items import Contest, Dataset, Ids, Item, conversation, name_of, need, text
-from rmr1.benchmark_items import rows_from as rows_from_data
 from rmr1.data import Kind
-from rmr1.score_rules import REWARDBENCH_SUBSETS
+from rmr1.evals.benchmark_items import (
+    Contest,
+    Dataset,
+    Ids,
+    Item,
+    conversation,
+    name_of,
+    need,
+    text,
+)
+from rmr1.evals.benchmark_items import rows_from as rows_from_data
+from rmr1.evals.score_rules import REWARDBENCH_SUBSETS
 
 
 def load_rewardbench(data: str | Path) -> Dataset:

@@ -19,20 +19,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rmr1.benchmark_table import print_score
-from rmr1.cli_arguments import Verb
-from rmr1.cli_model import ModelVerb
 from rmr1.data import Pair, read_pairs, write_whole
 from rmr1.endpoint import EndpointConfig
 from rmr1.engine.launch import launched
-from rmr1.judgment_rows import Benchmark
-from rmr1.paper_results import TITLES, differences, published
-from rmr1.rewardbench_items import load_rewardbench
-from rmr1.rm_bench_items import load_rm_bench
-from rmr1.rmb_items import load_rmb
-from rmr1.score import credit_unparsed, score_file
+from rmr1.evals.benchmark_table import print_score
+from rmr1.evals.judgment_rows import Benchmark
+from rmr1.evals.paper_results import TITLES, differences, published
+from rmr1.evals.rewardbench_items import load_rewardbench
+from rmr1.evals.rm_bench_items import load_rm_bench
+from rmr1.evals.rmb_items import load_rmb
+from rmr1.evals.score import credit_unparsed, score_file
 from rmr1.tasks.catalog import draw_pairs
 from rmr1.terminal import interval, percent, phase
+from rmr1.verbs.arguments import Verb
+from rmr1.verbs.model import ModelVerb
 
 if TYPE_CHECKING:
     from rmr1.answers import Answers
@@ -126,7 +126,7 @@ class Eval(ModelVerb):
             address = re.sub(r"//[^/]*@", "//", self.endpoint.base_url)
             name = f"{self.endpoint.model}@{address}"
             return RemoteModel(self.endpoint), name, None, self.max_new_tokens or 1024
-        from rmr1.benchmark_run import model_id
+        from rmr1.evals.benchmark_run import model_id
         from rmr1.models import resolve_device, resolve_model
 
         device = resolve_device(self.device, place)
@@ -134,7 +134,7 @@ class Eval(ModelVerb):
         return model, model_id(resolve_model(self.model)), room, longest
 
     def _benchmark(self, name: Benchmark) -> int:
-        from rmr1.benchmark_run import Making, run_benchmark
+        from rmr1.evals.benchmark_run import Making, run_benchmark
 
         load = {"rewardbench": load_rewardbench, "rm-bench": load_rm_bench, "rmb": load_rmb}[name]
         place = launched()

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rmr1.judgment_rows import Benchmark
-from rmr1.paper_results import COLUMNS, TITLES, TOTAL, differences, published
+from rmr1.evals.judgment_rows import Benchmark
+from rmr1.evals.paper_results import COLUMNS, TITLES, TOTAL, differences, published
 from rmr1.terminal import interval, percent
 
 _AT_THE_END = ("parse_failure_rate", "swap_consistency", "position_bias")
@@ -25,7 +25,7 @@ _NAMES = {
 
 
 def print_score(report: Mapping[str, Any], *, console: Console | None = None) -> None:
-    """Two tables, and what differs between them. `report` is what rmr1/score.py makes."""
+    """Two tables, and what differs between them. `report` is what rmr1/evals/score.py makes."""
     console = console or Console()
     console.print(_own(report))
     console.print(_beside(report))

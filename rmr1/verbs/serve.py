@@ -8,7 +8,7 @@ import signal
 
 from pydantic import Field
 
-from rmr1.cli_model import ModelVerb
+from rmr1.verbs.model import ModelVerb
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rmr1.cli_arguments import Verb
+from rmr1.verbs.arguments import Verb
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Report(Verb):
@@ -29,7 +29,7 @@ class Report(Verb):
 
     def run(self) -> int:
         """Write report.html into the run's folder."""
-        from rmr1.report import write_report
+        from rmr1.reporting.report import write_report
 
         print(write_report(self.run_dir))
         return 0

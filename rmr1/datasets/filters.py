@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rmr1.contamination import Benchmarks
-from rmr1.data_build_config import BuildConfig, FilterConfig
-from rmr1.data_store import PairStore
-from rmr1.near_duplicates import NearDuplicates, Sketch
+from rmr1.datasets.build_config import BuildConfig, FilterConfig
+from rmr1.datasets.contamination import Benchmarks
+from rmr1.datasets.near_duplicates import NearDuplicates, Sketch
+from rmr1.datasets.sources import NO_USER_TURN, Candidate
+from rmr1.datasets.store import PairStore
 from rmr1.prompts import encode, load_prompt
-from rmr1.sources import NO_USER_TURN, Candidate
 
 EMPTY_ANSWER = "empty answer"
 SAME_ANSWERS = "identical answers"

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from rmr1.cli_arguments import Verb
 from rmr1.prompts import Part, Prompt, PromptStyle, load_prompt
+from rmr1.verbs.arguments import Verb
 
 if TYPE_CHECKING:
     from rmr1.answers import LocalModel

@@ -16,12 +16,12 @@ from pydantic import Field
 from pydantic_settings import CliPositionalArg
 from rich.console import Console
 
-from rmr1.cli_arguments import SETTINGS, Verb
 from rmr1.config import RlvrConfig, SftConfig, to_toml
 from rmr1.data import read_rows
 from rmr1.demo_config import DemoConfig
 from rmr1.engine.launch import launched
 from rmr1.terminal import Phase, phase, print_table
+from rmr1.verbs.arguments import SETTINGS, Verb
 
 DRY_RUN = Field(
     False, alias="dry-run", description="resolve, check and print the configuration, then end"
@@ -172,7 +172,7 @@ def _tell_dropped(run: Path) -> None:
 
 
 def _finish(config: SftConfig | RlvrConfig, model: str) -> int:
-    from rmr1.report import write_report
+    from rmr1.reporting.report import write_report
 
     report = write_report(config.directory)
     _tell_dropped(config.directory)

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rmr1.shingles import Hashes, jaccard, mix, shingles
+from rmr1.datasets.shingles import Hashes, jaccard, mix, shingles
 
 SIGNATURE = 256
 RECALL = 0.99

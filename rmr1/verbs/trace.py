@@ -9,9 +9,9 @@ from pydantic_settings import CliPositionalArg
 from rich.console import Console
 from rich.table import Table
 
-from rmr1.cli_arguments import SETTINGS, Verb
 from rmr1.terminal import phase
 from rmr1.trace import TraceConfig, trace
+from rmr1.verbs.arguments import SETTINGS, Verb
 
 
 class Trace(TraceConfig, Verb):

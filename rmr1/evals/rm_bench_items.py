@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rmr1.benchmark_items import (
+from rmr1.data import Kind
+from rmr1.evals.benchmark_items import (
     Contest,
     Dataset,
     Ids,
@@ -21,7 +22,6 @@ from rmr1.benchmark_items import (
     rows_from,
     text,
 )
-from rmr1.data import Kind
 
 DOMAINS = ("chat", "math", "code", "safety-refuse", "safety-response")
 TOTAL = "total_dataset"

@@ -13,7 +13,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rmr1.benchmark_items import (
+from rmr1.data import Kind
+from rmr1.evals.benchmark_items import (
     Contest,
     Dataset,
     Ids,
@@ -25,8 +26,7 @@ from rmr1.benchmark_items import (
     rows_from,
     text,
 )
-from rmr1.data import Kind
-from rmr1.score_rules import RMB_GOALS
+from rmr1.evals.score_rules import RMB_GOALS
 
 _REASONING = {"code", "math", "reasoning"}
 
