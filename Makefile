@@ -34,8 +34,9 @@ demo-smollm2: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
+# One after the other: some measure the memory of a process, and a worker's peak would be theirs.
 test-slow: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2
+	$(BIN)/python -m pytest -m slow
 
 lint: $(STAMP)
 	$(BIN)/ruff check rmr1 tests benchmarks recipes setup.py
