@@ -1,4 +1,4 @@
-"""What `rmr1 plan` knows of GPUs, from their makers' data sheets. No torch."""
+"""What `rmr1 plan` knows of GPUs, from memory of their data sheets. No torch."""
 
 from __future__ import annotations
 
