@@ -43,6 +43,17 @@ class Answers(Protocol):
         ...
 
 
+class CutShort(ValueError):
+    """A judge gave up on the way, with a sentence that says why.
+
+    `replies` are those of each chat that it had answered, all samples; None for another.
+    """
+
+    def __init__(self, why: str, replies: Sequence[list[Reply] | None]) -> None:
+        super().__init__(why)
+        self.replies = replies
+
+
 class Generates(Protocol):
     """What `LocalModel` needs of `rmr1.engine.generator.Generator`."""
 

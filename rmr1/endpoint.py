@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import Field
 
-from rmr1.answers import Progress, Reply
+from rmr1.answers import CutShort, Progress, Reply
 from rmr1.data import Message
 from rmr1.engine.sampling import SamplingParams
 from rmr1.section import Section
@@ -215,8 +215,9 @@ class Endpoint:
 class RemoteModel:
     """A model behind an endpoint as a judge (see `answers.Answers`).
 
-    A prompt that the server refuses, as it is too long for one, is skipped. ValueError when a
-    request fails for any other reason: an endpoint that is down says nothing about a judge.
+    A prompt that the server refuses, as it is too long for one, is skipped. `CutShort` when a
+    request fails for any other reason: an endpoint that is down says nothing about a judge. No
+    request is begun after that; those under way are waited for, as they are paid for.
     """
 
     config: EndpointConfig
@@ -237,30 +238,45 @@ class RemoteModel:
         sampling: SamplingParams,
         progress: Progress | None,
     ) -> list[list[Reply]]:
-        done, total = 0, len(chats) * sampling.n
+        replies: list[Reply | None] = [None] * (len(chats) * sampling.n)
+        done, total, failure = 0, len(replies), ""
 
-        async def one(endpoint: Endpoint, chat: list[Message]) -> Reply:
-            nonlocal done
+        async def one(endpoint: Endpoint, row: int) -> None:
+            nonlocal done, failure
+            if failure:
+                return
             try:
-                reply = (await endpoint.chat(chat, sampling)).reply
+                replies[row] = (await endpoint.chat(chats[row // sampling.n], sampling)).reply
             except RequestFailed as error:
                 if not str(error).startswith("HTTP 400"):
-                    raise ValueError(
-                        f"{self.config.base_url}: {error}; run the same again to go on"
-                    ) from None
-                reply = Reply(skipped=f"refused: {error}")
+                    failure = f"{self.config.base_url}: {error}; run the same again to go on"
+                    return
+                replies[row] = Reply(skipped=f"refused: {error}")
+            except ValueError as error:  # no request can succeed
+                failure = str(error)
+                return
             done += 1
             if progress is not None:
                 progress(done, total)
-            return reply
 
         if progress is not None:
             progress(0, total)
         async with Endpoint(self.config) as endpoint:
-            replies = await together(
-                one(endpoint, chat) for chat in chats for _ in range(sampling.n)
-            )
-        return [replies[row : row + sampling.n] for row in range(0, total, sampling.n)]
+            slots = asyncio.Semaphore(self.config.concurrency)
+
+            async def in_turn(row: int) -> None:
+                async with slots:
+                    await one(endpoint, row)
+
+            await together(in_turn(row) for row in range(total))
+        whole = [
+            [reply for reply in replies[row : row + sampling.n] if reply is not None]
+            for row in range(0, total, sampling.n)
+        ]
+        if failure:
+            kept = [samples if len(samples) == sampling.n else None for samples in whole]
+            raise CutShort(failure, kept)
+        return whole
 
 
 async def together(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:

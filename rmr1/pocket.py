@@ -88,6 +88,8 @@ TURNS = (*FAMILIES, *(family for family in FAMILIES if family.name not in EASY))
 # Of the random verdicts. At one half, a greedy judge would go by whatever tips the scales by a hair
 # and may be right in 57 of 100; this one says A.
 A_SHARE = 0.6
+# A head is 32 wide, and `wire_copying` wants an even number of them.
+WIDTHS = (64, 128, 192)
 # Few sequences a step: a small model gains more from many updates than from large ones.
 BATCH = 16
 # (updates, peak learning rate); each round warms up again, on fresh tasks.
@@ -171,12 +173,21 @@ def train_tokenizer(tasks: Sequence[Drawn]) -> Any:
     )
 
 
+def model_config(width: int = 192) -> ModelConfig:
+    """The pocket model's shape at one of `WIDTHS`, all else alike; 192 is the one that ships."""
+    inner = width * 8 // 3 // 8 * 8
+    sizes = {"hidden_size": width, "intermediate_size": inner}
+    heads = dict.fromkeys(("num_attention_heads", "num_key_value_heads"), width // 32)
+    return ModelConfig.from_dict({**MODEL, **sizes, **heads})
+
+
 def pretrain(
     output: Path,
     *,
     number: int,
     steps: int,
     learning_rate: float,
+    width: int = 192,
     on_step: Callable[[int, int, dict[str, float]], None] | None = None,
 ) -> Path:
     """Round `number` of the pretraining: round 0 starts from nothing, a later one from what the
@@ -185,7 +196,7 @@ def pretrain(
     torch.manual_seed(number)
     if number == 0:
         tokenizer = train_tokenizer(list(islice(drawn_tasks(1), 20_000)))
-        model = CausalLM(ModelConfig.from_dict(MODEL))
+        model = CausalLM(model_config(width))
         wire_copying(model)
         output.mkdir(parents=True, exist_ok=True)
         tokenizer.save_pretrained(output)
@@ -247,7 +258,7 @@ def _follow(bar: Phase) -> Callable[[int, int, dict[str, float]], None]:
 
 
 def main() -> None:
-    """`python -m rmr1.pocket --output DIR [--first N]`."""
+    """`python -m rmr1.pocket --output DIR [--first N] [--width W]`."""
     parser = argparse.ArgumentParser(
         prog="python -m rmr1.pocket",
         description=__doc__,
@@ -261,6 +272,13 @@ def main() -> None:
         default=0,
         help="round to begin with; a later one goes on from what is in --output (default: 0)",
     )
+    parser.add_argument(
+        "--width",
+        type=int,
+        choices=WIDTHS,
+        default=192,
+        help="of the residual stream, for round 0; 192 ships, the others are for a study of sizes",
+    )
     args = parser.parse_args()
     for number in range(args.first, len(ROUNDS)):
         steps, learning_rate = ROUNDS[number]
@@ -270,6 +288,7 @@ def main() -> None:
                 number=number,
                 steps=steps,
                 learning_rate=learning_rate,
+                width=args.width,
                 on_step=_follow(bar),
             )
     print(args.output)

@@ -317,12 +317,13 @@ def test_an_endpoint_that_fails_loses_nothing(tmp_path: Path) -> None:
         )
         with pytest.raises(ValueError, match="run the same again"):
             run(dataset, tmp_path / "j.jsonl", judge, batch_size=4)
-        assert len(rows_of(tmp_path / "j.jsonl")) == 4
+        # The batch of four before, and the one that was answered in the batch that failed.
+        assert len(rows_of(tmp_path / "j.jsonl")) == 5
         while len(server.requests) < 11:
             with pytest.raises(ValueError, match="HTTP 500"):
                 run(dataset, tmp_path / "j.jsonl", judge, batch_size=4)
         done = run(dataset, tmp_path / "j.jsonl", judge, batch_size=4)
-    assert (done.judgments, done.resumed) == (12, 4)
+    assert (done.judgments, done.resumed) == (12, 5)
     assert done.score["parse_failures"] == {"skipped (refused)": 1}
     assert done.score["sections"]["Reasoning"] == pytest.approx(11.5 / 12)
     assert server.requests[0]["temperature"] == 0.0

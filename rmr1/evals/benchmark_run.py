@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rmr1.answers import Answers, Progress
+from rmr1.answers import Answers, CutShort, Progress, Reply
 from rmr1.engine.launch import Launch
 from rmr1.engine.sampling import SamplingParams
 from rmr1.evals.benchmark_files import JudgmentFiles
 from rmr1.evals.benchmark_items import Dataset, Showing, digest, plan
 from rmr1.evals.judgment_rows import key_of, scored_rows
 from rmr1.evals.score import Report, score_file
-from rmr1.judge import Judgment, judge_pairs, majority
+from rmr1.judge import Judgment, judgments_of, majority
 from rmr1.judgment_log import append
 from rmr1.prompts import Prompt
 
@@ -218,15 +218,24 @@ def _judged(
         def within(done: int, _of_batch: int, before: int = resumed + start) -> None:
             tell(before + done // making.votes, total)
 
-        samples = judge_pairs(
-            judge,
-            [showing.pair() for showing in batch],
-            prompt=making.prompt,
-            sampling=making.sampling(batch),
-            progress=within,
-        )
-        groups = [samples[at : at + making.votes] for at in range(0, len(samples), making.votes)]
-        yield batch, [majority(group) for group in groups]
+        chats = [making.prompt.render(showing.pair()) for showing in batch]
+        try:
+            replies = judge.answer(chats, making.sampling(batch), progress=within)
+        except CutShort as cut:  # what was answered until then is kept
+            pairs = zip(batch, cut.replies, strict=True)
+            answered = [(one, samples) for one, samples in pairs if samples is not None]
+            if answered:
+                kept, made = zip(*answered, strict=True)
+                yield kept, _voted(kept, made)
+            raise
+        yield batch, _voted(batch, replies)
+
+
+def _voted(batch: Sequence[Showing], replies: Sequence[list[Reply]]) -> list[Judgment]:
+    """The judgment of each showing, by the majority of its samples."""
+    samples = judgments_of([(showing.pair(), "ab") for showing in batch], replies)
+    votes = len(replies[0])
+    return [majority(samples[at : at + votes]) for at in range(0, len(samples), votes)]
 
 
 def _row(showing: Showing, judgment: Judgment, making: Making) -> dict[str, Any]:

@@ -83,6 +83,7 @@ class Eval(ModelVerb):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: a GPU if there is one"
     )
+    json_output: bool = Field(False, alias="json", description="print figures as JSON")
 
     def run(self) -> int:
         """Evaluate and print the figures."""

@@ -44,6 +44,7 @@ class JudgeOne(ModelVerb):
     votes: int = Field(1, ge=1, description="samples whose majority wins")
     swap: bool = Field(False, description="judge with the answers exchanged as well")
     whole: bool = Field(False, description="print every judgment's text")
+    json_output: bool = Field(False, alias="json", description="print the judgment as JSON")
 
     @field_validator("prompt", "answer_a", "answer_b", mode="before")
     @classmethod

@@ -27,7 +27,6 @@ class ModelVerb(Verb):
         None, ge=1, description="cap of a judgment; unset: 1024, or half the model's positions"
     )
     seed: int = Field(0, ge=0, description="of placements, tasks and draws")
-    json_output: bool = Field(False, alias="json", description="print figures as JSON")
 
     @property
     def template(self) -> Prompt:
