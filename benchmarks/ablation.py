@@ -25,7 +25,6 @@ import argparse
 import itertools
 import re
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,7 +34,7 @@ from typing import Any
 import harness
 import torch
 from ablation_plot import plot
-from pocket_runs import after_rl, begin, complete, held, pooled_gain, told
+from pocket_runs import after_rl, begin, complete, conduct, held, pooled_gain, told
 from rich.console import Console
 from rich.table import Table
 
@@ -193,9 +192,10 @@ def accuracy(evaluations: Sequence[Evaluation]) -> float:
     return sum(one.correct for one in judged) / len(judged)
 
 
-def rows_of(found: dict[str, list[Evaluation]], options: argparse.Namespace) -> list[harness.Row]:
+def rows_of(options: argparse.Namespace) -> list[harness.Row]:
     """A line each; a gain is over the arm before in the first table, over base in the second."""
     rows = []
+    found = measure(options)
     for key, evaluations in found.items():
         arm = ARMS[key]
         before = {"rubrics": "cold", "classified": "rubrics", "rm_r1": "classified"}.get(
@@ -286,27 +286,7 @@ def main() -> int:
     options = parser.parse_args()
     options.only = options.only or list(ARMS)
     options.seeds = options.seeds or (SEEDS[:1] if options.quick else SEEDS)
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            kept = options.output.parent / "ablation"
-            options.runs = Path(scratch if options.quick else kept).resolve()
-            found = measure(options)
-    except ValueError as error:  # another configuration than that of the runs that are there
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as stop:
-        print(f"{parser.prog}: {stop or 'interrupted'}", file=sys.stderr)
-        return 130
-    if not found:
-        print(f"{parser.prog}: no arm is complete yet", file=sys.stderr)
-        return 1
-    rows = rows_of(found, options)
-    show(rows)
-    harness.save(rows, options.output)
-    drawing = options.output.with_name("ablation.svg")
-    drawing.write_text(plot(rows), encoding="utf-8")
-    print(f"rows: {options.output}, plot: {drawing}", file=sys.stderr)
-    return 0
+    return conduct(options, "" if options.quick else "ablation", rows_of, show, plot)
 
 
 if __name__ == "__main__":

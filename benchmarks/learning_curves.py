@@ -18,7 +18,6 @@ import argparse
 import itertools
 import statistics
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from typing import Any
 import harness
 import torch
 from learning_plot import NAMES, plot
-from pocket_runs import after_rl, begin, complete, held, pooled_gain, told
+from pocket_runs import after_rl, begin, complete, conduct, held, pooled_gain, told
 from rich.console import Console
 from rich.table import Table
 
@@ -246,27 +245,8 @@ def main() -> int:
     options.only = options.only or (["dapo"] if options.quick else list(NAMES))
     options.seeds = options.seeds or (SEEDS[:1] if options.quick else SEEDS)
     options.steps = options.steps or (2 if options.quick else STEPS)
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            kept = options.output.parent / (options.name or "variants")
-            quick = options.quick and not options.name
-            options.runs = Path(scratch if quick else kept).resolve()
-            rows = measure(options)
-    except ValueError as error:  # another configuration than that of the runs that are there
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as stop:
-        print(f"{parser.prog}: {stop or 'interrupted'}", file=sys.stderr)
-        return 130
-    if not rows:
-        print(f"{parser.prog}: no run is complete yet", file=sys.stderr)
-        return 1
-    show(rows)
-    harness.save(rows, options.output)
-    drawing = options.output.with_name("learning_curves.svg")
-    drawing.write_text(plot(rows), encoding="utf-8")
-    print(f"rows: {options.output}, plot: {drawing}", file=sys.stderr)
-    return 0
+    folder = options.name or ("" if options.quick else "variants")
+    return conduct(options, folder, measure, show, plot)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,15 @@ process has in hand is left to it, so the same command, started twice, shares th
 
 from __future__ import annotations
 
+import argparse
 import fcntl
-from collections.abc import Iterator, Sequence
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+import harness
 
 from rmr1.config import to_toml
 from rmr1.data import Pair, write_whole
@@ -81,3 +86,38 @@ def pooled_gain(before: Sequence[Evaluation], after: Sequence[Evaluation]) -> Di
 
 def told(one: Difference) -> list[float]:
     return [one.value, one.interval.low, one.interval.high]
+
+
+def conduct(
+    options: argparse.Namespace,
+    folder: str,
+    measure: Callable[[argparse.Namespace], list[harness.Row]],
+    show: Callable[[Sequence[harness.Row]], None],
+    plot: Callable[[Sequence[harness.Row]], str],
+) -> int:
+    """Measure, print the table, keep rows and plot; the exit status of the benchmark.
+
+    Runs lie in `folder` beside `options.output`; without a name they are not kept. `measure` finds
+    their place in `options.runs`.
+    """
+    prog = Path(sys.argv[0]).name
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            kept = options.output.parent / folder if folder else Path(scratch)
+            options.runs = kept.resolve()
+            rows = measure(options)
+    except ValueError as error:  # another configuration than that of the runs that are there
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as stop:
+        print(f"{prog}: {stop or 'interrupted'}", file=sys.stderr)
+        return 130
+    if not rows:
+        print(f"{prog}: nothing is complete yet", file=sys.stderr)
+        return 1
+    show(rows)
+    harness.save(rows, options.output)
+    drawing = options.output.with_suffix(".svg")
+    drawing.write_text(plot(rows), encoding="utf-8")
+    print(f"rows: {options.output}, plot: {drawing}", file=sys.stderr)
+    return 0

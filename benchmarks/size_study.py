@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from pathlib import Path
 import ablation
 import harness
 import torch
-from pocket_runs import held, pooled_gain, told
+from pocket_runs import conduct, held, pooled_gain, told
 from rich.console import Console
 from rich.table import Table
 from size_plot import plot
@@ -81,11 +80,10 @@ def measure(options: argparse.Namespace) -> dict[tuple[int, str], list[Evaluatio
     return found
 
 
-def rows_of(
-    found: dict[tuple[int, str], list[Evaluation]], options: argparse.Namespace
-) -> list[harness.Row]:
+def rows_of(options: argparse.Namespace) -> list[harness.Row]:
     """A line for each model and arm."""
-    rows = []
+    rows: list[harness.Row] = []
+    found = measure(options)
     for (number, arm), evaluations in found.items():
         size: Size = options.sizes[number]
         base = found.get((number, "base"))
@@ -149,26 +147,10 @@ def main() -> int:
     options.seeds = options.seeds or (ablation.SEEDS[:1] if options.quick else ablation.SEEDS)
     try:
         options.sizes = sorted(map(size_of, options.models), key=lambda one: one.parameters)
-        with tempfile.TemporaryDirectory() as scratch:
-            kept = options.output.parent / "sizes"
-            options.runs = Path(scratch if options.quick else kept).resolve()
-            found = measure(options)
-    except ValueError as error:  # no model, or another configuration than that of the runs there
+    except ValueError as error:  # no model
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt as stop:
-        print(f"{parser.prog}: {stop or 'interrupted'}", file=sys.stderr)
-        return 130
-    if not found:
-        print(f"{parser.prog}: nothing is complete yet", file=sys.stderr)
-        return 1
-    rows = rows_of(found, options)
-    show(rows)
-    harness.save(rows, options.output)
-    drawing = options.output.with_name("size_study.svg")
-    drawing.write_text(plot(rows), encoding="utf-8")
-    print(f"rows: {options.output}, plot: {drawing}", file=sys.stderr)
-    return 0
+    return conduct(options, "" if options.quick else "sizes", rows_of, show, plot)
 
 
 if __name__ == "__main__":
