@@ -47,11 +47,14 @@ class CutShort(ValueError):
     """A judge gave up on the way, with a sentence that says why.
 
     `replies` are those of each chat that it had answered, all samples; None for another.
+    `interrupted`: somebody wanted it so.
     """
 
-    def __init__(self, why: str, replies: Sequence[list[Reply] | None]) -> None:
+    def __init__(
+        self, why: str, replies: Sequence[list[Reply] | None], *, interrupted: bool = False
+    ) -> None:
         super().__init__(why)
-        self.replies = replies
+        self.replies, self.interrupted = replies, interrupted
 
 
 class Generates(Protocol):

@@ -1,23 +1,28 @@
 """Models behind an OpenAI-compatible endpoint: requests with limits on their rate, number and cost.
 
-The `openai` package (extra `teacher`) sends them, tries again after errors that pass (connection,
-time-out, 408, 409, 429, 5xx; with growing pauses, or those that the server asks for) and keeps the
-key out of what it logs. The key comes from an environment variable and goes nowhere else.
+The `openai` package (extra `teacher`) sends them. Errors that pass (connection, time-out, 408, 409,
+429, 5xx) are tried again, with growing pauses or those that the server asks for. The key comes from
+an environment variable, goes nowhere else and is kept out of what is said.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
+import random
 import time
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from rmr1.answers import CutShort, Progress, Reply
+from rmr1.answers import Reply
+from rmr1.budget import Budget, OverBudget
+from rmr1.completion import read_completion, usage_of
 from rmr1.data import Message
 from rmr1.engine.sampling import SamplingParams
 from rmr1.section import Section
@@ -25,10 +30,12 @@ from rmr1.section import Section
 if TYPE_CHECKING:
     from openai import APIStatusError, AsyncOpenAI
 
-Result = TypeVar("Result")
-
 # So many requests in a row that came to nothing mean that the endpoint is down.
 FAILURES_IN_A_ROW = 10
+# A server that has refused so many prompts and answered none refuses how it is asked. (Benchmarks
+# ask 18 times about one prompt.)
+REFUSALS_AT_FIRST = 30
+LONGEST_PAUSE = 60.0  # seconds
 
 
 class EndpointConfig(Section):
@@ -42,7 +49,7 @@ class EndpointConfig(Section):
         "OPENAI_API_KEY", description="environment variable that holds the key; empty: no key"
     )
     concurrency: int = Field(8, ge=1, description="requests at the same time")
-    requests_per_minute: int = Field(0, ge=0, description="0: no limit")
+    requests_per_minute: int = Field(0, ge=0, description="repeated ones count; 0: no limit")
     timeout: float = Field(600.0, gt=0, description="seconds that one answer may take")
     retries: int = Field(6, ge=0, description="of a request, after an error that may pass")
     limit_name: Literal["max_tokens", "max_completion_tokens"] = Field(
@@ -54,43 +61,31 @@ class EndpointConfig(Section):
     input_price: float = Field(0.0, ge=0, description="dollars for a million tokens of prompts")
     output_price: float = Field(0.0, ge=0, description="dollars for a million tokens of answers")
 
+    @field_validator("base_url")
+    @classmethod
+    def _holds_no_secret(cls, value: str) -> str:
+        if "@" in urlsplit(value).netloc:
+            raise ValueError("must hold no password, as it is shown; use key_variable")
+        return value
+
 
 class RequestFailed(Exception):
-    """One request came to nothing; others may not."""
+    """One request came to nothing; others may not. `cost` is what was paid all the same."""
+
+    cost = 0.0
 
 
-class OverBudget(Exception):
-    """The next request could cost more than is left."""
+class Refused(RequestFailed):
+    """The server will not answer this very prompt, however often it is asked."""
 
 
-class Budget:
-    """What may be spent, in dollars; None: anything. Each request holds its worst case back."""
-
-    def __init__(self, limit: float | None = None) -> None:
-        self.limit, self.spent = limit, 0.0
-        self._held, self._changed = 0.0, asyncio.Condition()
-
-    async def hold(self, worst: float) -> None:
-        """Wait until that much is free. OverBudget when it never will be."""
-        async with self._changed:
-            while self.limit is not None and self.spent + self._held + worst > self.limit:
-                if not self._held:
-                    raise OverBudget
-                await self._changed.wait()
-            self._held += worst
-
-    async def settle(self, worst: float, cost: float) -> None:
-        """What was held back for a request is free again, but for what it cost."""
-        async with self._changed:
-            self.spent += cost
-            # Sums of floats: what is left when nothing is out is not quite nothing.
-            self._held = self._held - worst if self._held - worst > 1e-9 else 0.0
-            self._changed.notify_all()
+class NotSent(Exception):
+    """The work is ending, so the request was not begun."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A reply with its cost in dollars."""
+    """A reply with its cost in dollars, that of attempts which failed included."""
 
     reply: Reply
     cost: float
@@ -99,17 +94,26 @@ class Answer:
 class Endpoint:
     """A connection to an endpoint; an async context manager.
 
+    `ending` is asked before each request is sent; once it says so, none is begun. `answered` counts
+    the answers.
+
     Raises:
         ValueError: there is no model, no key, or no `openai` package.
     """
 
-    def __init__(self, config: EndpointConfig, budget: Budget | None = None) -> None:
+    def __init__(
+        self,
+        config: EndpointConfig,
+        budget: Budget | None = None,
+        ending: Callable[[], bool] = lambda: False,
+    ) -> None:
         if not config.model:
             raise ValueError("the endpoint's model is missing; name the one that it serves")
-        self.config, self.budget = config, budget or Budget()
+        self.config, self.budget, self.ending = config, budget or Budget(), ending
+        self.answered = 0
         self._key = _key(config.key_variable)
         self._slots = asyncio.Semaphore(config.concurrency)
-        self._next, self._failures = 0.0, 0
+        self._next, self._failures, self._refusals = 0.0, 0, 0
         self._client = _client(config, self._key)
 
     async def __aenter__(self) -> Endpoint:
@@ -128,33 +132,84 @@ class Endpoint:
 
         Raises:
             RequestFailed: this request came to nothing, also when tried again.
-            OverBudget: it was not sent.
+            Refused: nor would it if it were asked again.
+            OverBudget: it was not sent, as it may cost more than is left.
+            NotSent: it was not sent, as the work is ending.
             ValueError: no request can succeed: a wrong key, an unknown model, nobody there.
         """
-        config = self.config
-        # A token has at least one byte, and a template adds a few around each turn.
-        size = sum(len(turn["content"].encode()) + 16 for turn in chat)
-        worst = self._cost(size, sampling.max_new_tokens)
         async with self._slots:
-            await self.budget.hold(worst)
-            cost = 0.0
             try:
-                await self._pace()
-                made = await self._send(chat, sampling)
-                reply, counted = _read(made)
-                cost = self._cost(reply.prompt_tokens, reply.new_tokens) if counted else worst
-                self._failures = 0
-                return Answer(reply, cost)
+                answer = await self._insist(chat, sampling)
+            except Refused as error:
+                self._refusals += 1
+                if not self.answered and self._refusals >= REFUSALS_AT_FIRST:
+                    raise self._hopeless(self._refusals, error) from None
+                raise
             except RequestFailed as error:
                 self._failures += 1
                 if self._failures >= FAILURES_IN_A_ROW:
-                    raise ValueError(
-                        f"{config.base_url}: {self._failures} requests in a row failed, the last"
-                        f" with {error}; see whether the server is well, then run the same again"
-                    ) from None
+                    raise self._hopeless(self._failures, error) from None
                 raise
-            finally:
-                await self.budget.settle(worst, cost)
+            self.answered += 1
+            self._failures = 0
+            return answer
+
+    def _hopeless(self, count: int, error: RequestFailed) -> ValueError:
+        return ValueError(
+            f"{self.config.base_url}: {count} requests in a row failed, the last with {error}; see"
+            " whether the server is well and takes these settings, then run the same again"
+        )
+
+    async def _insist(self, chat: Sequence[Message], sampling: SamplingParams) -> Answer:
+        """Try until there is an answer, or no use in it."""
+        # A token has at least one byte, and a template adds a few around each turn.
+        size = sum(len(turn["content"].encode()) + 16 for turn in chat)
+        worst = self._cost(size, sampling.max_new_tokens)
+        paid = 0.0
+        for attempt in itertools.count():
+            try:
+                reply, cost = await self._once(chat, sampling, worst)
+                return Answer(reply, paid + cost)
+            except _Passing as error:
+                paid += error.cost
+                failed: RequestFailed = error
+                if attempt < self.config.retries:
+                    await asyncio.sleep(error.pause or min(0.5 * 2**attempt, 8) * _jitter())
+                    continue
+            except RequestFailed as error:
+                paid += error.cost
+                failed = error
+            except (OverBudget, NotSent):
+                if not attempt:
+                    raise
+                failed = RequestFailed(f"{failed}; not tried again, as the work is ending")
+            failed.cost = paid
+            raise failed from None
+        raise AssertionError("not reached")
+
+    async def _once(
+        self, chat: Sequence[Message], sampling: SamplingParams, worst: float
+    ) -> tuple[Reply, float]:
+        """(reply, cost) of one attempt."""
+        await self.budget.hold(worst)
+        cost = 0.0
+        try:
+            await self._pace()
+            if self.ending():
+                raise NotSent
+            try:
+                made = await self._send(chat, sampling)
+            except TimeoutError:
+                cost = worst  # it may have written all that it was asked for
+                raise _Passing(f"no answer within {self.config.timeout:g} s", cost=cost) from None
+            counted = usage_of(made)
+            cost = worst if counted is None else self._cost(*counted)
+            try:
+                return read_completion(made), cost
+            except ValueError as error:
+                raise _failed(f"an answer that is no chat completion ({error})", cost) from None
+        finally:
+            await self.budget.settle(worst, cost)
 
     def _cost(self, prompt_tokens: int, new_tokens: int) -> float:
         config = self.config
@@ -169,6 +224,7 @@ class Endpoint:
         await asyncio.sleep(slot - now)
 
     async def _send(self, chat: Sequence[Message], sampling: SamplingParams) -> Any:
+        """What the server sends back. TimeoutError; RequestFailed; ValueError: no hope."""
         import openai
 
         messages: Any = list(chat)
@@ -178,15 +234,15 @@ class Endpoint:
         if sampling.stop:
             options["stop"] = list(sampling.stop)
         try:
-            return await self._client.chat.completions.create(
-                model=self.config.model, messages=messages, **options
-            )
+            async with asyncio.timeout(self.config.timeout):
+                return await self._client.chat.completions.create(
+                    model=self.config.model, messages=messages, **options
+                )
         except openai.APITimeoutError:
-            seconds = self.config.timeout
-            raise RequestFailed(f"no answer within {seconds:g} s") from None
+            raise TimeoutError from None
         except openai.APIConnectionError as error:
             reason = self._hidden(str(error.__cause__ or error))
-            raise RequestFailed(f"no connection ({reason})") from None
+            raise _Passing(f"no connection ({reason})") from None
         except openai.APIStatusError as error:
             raise self._refusal(error) from None
         except (openai.OpenAIError, ValueError) as error:  # a body that is no JSON, among others
@@ -194,100 +250,56 @@ class Endpoint:
 
     def _refusal(self, error: APIStatusError) -> Exception:
         config, status = self.config, error.status_code
-        if status in (401, 403):
-            key = f"the key in {config.key_variable}" if config.key_variable else "a missing key"
-            return ValueError(f"{config.base_url} refuses {key} (HTTP {status}); give one it takes")
         told = self._hidden(str(error.message))
+        # Once the key has opened, a 403 is about the prompt: some moderate with it.
+        if status == 401 or (status == 403 and not self.answered):
+            key = f"the key in {config.key_variable}" if config.key_variable else "a missing key"
+            return ValueError(
+                f"{config.base_url} refuses {key} (HTTP {status}, {told}); give one it takes"
+            )
         if status == 404:
             return ValueError(
                 f"{config.base_url} knows no model {config.model!r} or no chat completions"
                 f" ({told}); see the endpoint's base_url and model"
             )
+        if status in (400, 403, 413, 422):
+            return Refused(f"HTTP {status} ({told})")
+        if status in (408, 409, 429) or status >= 500:
+            return _Passing(f"HTTP {status} ({told})", pause=_asked_pause(error))
         return RequestFailed(f"HTTP {status} ({told})")
 
     def _hidden(self, told: str) -> str:
         """Words of a server on one line, without the key, which some of them repeat."""
-        line = " ".join(told.split())[:300]
-        return line.replace(self._key, "[key]") if self._key else line
+        line = " ".join(told.split())
+        return (line.replace(self._key, "[key]") if self._key else line)[:300]
 
 
-@dataclass(frozen=True, slots=True)
-class RemoteModel:
-    """A model behind an endpoint as a judge (see `answers.Answers`).
+class _Passing(RequestFailed):
+    """An attempt that failed for a reason that may pass; `pause` in seconds, 0: as we like."""
 
-    A prompt that the server refuses, as it is too long for one, is skipped. `CutShort` when a
-    request fails for any other reason: an endpoint that is down says nothing about a judge. No
-    request is begun after that; those under way are waited for, as they are paid for.
-    """
-
-    config: EndpointConfig
-
-    def answer(
-        self,
-        chats: Sequence[list[Message]],
-        sampling: SamplingParams,
-        *,
-        progress: Progress | None = None,
-    ) -> list[list[Reply]]:
-        """See `Answers`."""
-        return asyncio.run(self._answer(chats, sampling, progress))
-
-    async def _answer(
-        self,
-        chats: Sequence[list[Message]],
-        sampling: SamplingParams,
-        progress: Progress | None,
-    ) -> list[list[Reply]]:
-        replies: list[Reply | None] = [None] * (len(chats) * sampling.n)
-        done, total, failure = 0, len(replies), ""
-
-        async def one(endpoint: Endpoint, row: int) -> None:
-            nonlocal done, failure
-            if failure:
-                return
-            try:
-                replies[row] = (await endpoint.chat(chats[row // sampling.n], sampling)).reply
-            except RequestFailed as error:
-                if not str(error).startswith("HTTP 400"):
-                    failure = f"{self.config.base_url}: {error}; run the same again to go on"
-                    return
-                replies[row] = Reply(skipped=f"refused: {error}")
-            except ValueError as error:  # no request can succeed
-                failure = str(error)
-                return
-            done += 1
-            if progress is not None:
-                progress(done, total)
-
-        if progress is not None:
-            progress(0, total)
-        async with Endpoint(self.config) as endpoint:
-            slots = asyncio.Semaphore(self.config.concurrency)
-
-            async def in_turn(row: int) -> None:
-                async with slots:
-                    await one(endpoint, row)
-
-            await together(in_turn(row) for row in range(total))
-        whole = [
-            [reply for reply in replies[row : row + sampling.n] if reply is not None]
-            for row in range(0, total, sampling.n)
-        ]
-        if failure:
-            kept = [samples if len(samples) == sampling.n else None for samples in whole]
-            raise CutShort(failure, kept)
-        return whole
+    def __init__(self, why: str, *, pause: float = 0.0, cost: float = 0.0) -> None:
+        super().__init__(why)
+        self.pause, self.cost = pause, cost
 
 
-async def together(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
-    """All results in order; the first error cancels the rest and is raised as it is."""
-    tasks = [asyncio.ensure_future(one) for one in work]
+def _failed(why: str, cost: float) -> RequestFailed:
+    error = RequestFailed(why)
+    error.cost = cost
+    return error
+
+
+def _jitter() -> float:
+    """Clients that were turned away together shall not come back together."""
+    return random.uniform(0.75, 1.25)
+
+
+def _asked_pause(error: APIStatusError) -> float:
+    """Seconds that the server asks for; 0: none, or a date."""
     try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        asked = float(error.response.headers.get("retry-after", ""))
+    except ValueError:
+        return 0.0
+    return min(asked, LONGEST_PAUSE) if asked > 0 else 0.0
 
 
 def _key(variable: str) -> str:
@@ -299,6 +311,11 @@ def _key(variable: str) -> str:
             f"the environment variable {variable} is not set; put the endpoint's key there, or set"
             " key_variable to an empty text where none is needed"
         )
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise ValueError(
+            f"the environment variable {variable} holds no key: one line of plain letters, digits"
+            " and signs is expected"
+        )
     return key
 
 
@@ -309,27 +326,7 @@ def _client(config: EndpointConfig, key: str) -> AsyncOpenAI:
         raise ValueError(
             "endpoints need the openai package; run `pip install 'rmr1[teacher]'`"
         ) from None
+    # Repeated here and not there: what is repeated keeps the pace and the budget too.
     return AsyncOpenAI(
-        api_key=key or "none",
-        base_url=config.base_url,
-        timeout=config.timeout,
-        max_retries=config.retries,
+        api_key=key or "none", base_url=config.base_url, timeout=config.timeout, max_retries=0
     )
-
-
-def _read(made: Any) -> tuple[Reply, bool]:
-    """The reply in a completion, and whether the server counted its tokens."""
-    try:
-        choice, usage = made.choices[0], made.usage
-        text = choice.message.content
-        # A judgment that was filtered away or a call of a tool is no text.
-        if not isinstance(text, str):
-            raise TypeError(f"content is {type(text).__name__}")
-        cut: Literal["stop", "length"] = "length" if choice.finish_reason == "length" else "stop"
-    except (AttributeError, IndexError, TypeError) as error:
-        raise RequestFailed(f"an answer that is no chat completion ({error})") from None
-    prompt_tokens = getattr(usage, "prompt_tokens", None)
-    new_tokens = getattr(usage, "completion_tokens", None)
-    if not isinstance(prompt_tokens, int) or not isinstance(new_tokens, int):
-        return Reply(text, 0, 0, cut), False
-    return Reply(text, prompt_tokens, new_tokens, cut), True

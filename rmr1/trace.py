@@ -2,50 +2,40 @@
 
 As in RM-R1 (arXiv 2505.02387, section 3.1): a teacher judges each pair; what it gets wrong a second
 model writes anew, knowing the right verdict and the flawed judgment. Every judgment is checked by
-the parser that training and evaluation use.
+the parser that training and evaluation use (trace_check.py).
 
-Each answer is one line of a log, from which the same command goes on: nothing that was paid for is
-asked for twice. The traces are written when the work ends, also by Ctrl-C or the spending cap.
+Each answer is one line of a log (trace_log.py), from which the same command goes on: nothing that
+was paid for is asked for twice. The traces are written when the work ends, also by Ctrl-C, the
+spending cap or an endpoint that dies; what is out at that moment is waited for.
 """
 
 from __future__ import annotations
 
 import asyncio
-import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
 from pydantic import Field, model_validator
 
-from rmr1.data import Message, Pair, read_pairs, read_rows, write_pairs
-from rmr1.endpoint import Answer, Budget, Endpoint, EndpointConfig, OverBudget, RequestFailed
+from rmr1.answers import Reply
+from rmr1.budget import Budget, OverBudget
+from rmr1.data import Pair, read_pairs, write_pairs
+from rmr1.endpoint import Endpoint, EndpointConfig, NotSent, Refused, RequestFailed
 from rmr1.engine.sampling import SamplingParams
-from rmr1.judgment_log import append, repair_tail
+from rmr1.judgment_log import append
 from rmr1.prompts import Part, Prompt, PromptStyle, load_prompt
 from rmr1.section import Section
 from rmr1.stop_request import StopRequest
-from rmr1.verdict import FormatError, parse_verdict
+from rmr1.trace_check import Pass, correction, fault_of
+from rmr1.trace_log import REFUSED, Traced, content_of, opened, resumed
 
-Pass = Literal["teacher", "corrector"]
 OnAnswer = Callable[[int, int, dict[str, float]], None]  # (pairs done, pairs in all, figures)
 
-_CORRECTION = """\
-{problem}: answer {label} is the better one. Judge the two answers anew, in the format that was \
-asked for, so that what you write leads to the verdict <answer>[[{label}]]</answer>. Find out what \
-this judgment overlooked and argue from the answers themselves. Whoever reads yours knows neither \
-this judgment nor this message: mention neither of them."""
-_WRONG = "wrong verdict"
-# A trace that speaks of what its writer was told teaches a judge to claim the same.
-_TOLD = re.compile(
-    r"(first|previous|earlier|initial|flawed|original) (judge?ment|verdict|evaluation)"
-    r"|(correct|right|given|true|provided) (label|verdict)"
-    r"|I (was|am|have been) (told|asked|instructed|informed)",
-    re.IGNORECASE,
-)
+# The prompts that ask for the whole chain of rubrics.
+_WHOLE = ("rubric", "compact")
 
 
 class TraceConfig(Section):
@@ -55,10 +45,15 @@ class TraceConfig(Section):
     output: str = Field("traces.jsonl", description="the pairs with their traces: for `rmr1 sft`")
     prompt_style: PromptStyle = Field("rubric", description="the prompt that the judge will have")
     prompt_without: list[Part] = Field([], description="parts that the prompt leaves out")
-    strict_format: bool = Field(
-        True, description="take only judgments that keep the chain of rubrics; else any verdict"
+    strict_format: bool | None = Field(
+        None,
+        description="take only judgments that keep the whole chain of rubrics, else any verdict;"
+        " unset: where the prompt asks for all of it",
     )
     max_new_tokens: int = Field(4096, ge=1, description="cap of a judgment")
+    corrector_max_new_tokens: int | None = Field(
+        None, ge=1, description="the corrector's, hidden reasoning included; unset: the same"
+    )
     temperature: float = Field(1.0, ge=0, description="of the judgments")
     max_cost: float | None = Field(
         None, gt=0, description="dollars; no request is sent that could go beyond it"
@@ -72,13 +67,37 @@ class TraceConfig(Section):
         if not self.teacher.model:
             raise ValueError("key 'teacher.model' is missing; name the model that judges first")
         load_prompt(self.prompt_style, tuple(self.prompt_without))
-        used = [self.teacher, *([self.corrector] if self.corrector.model else [])]
+        if self.strict_format and not self._asks_for_all:
+            raise ValueError(
+                "strict_format takes only the whole chain of rubrics, for which this prompt does"
+                " not ask; drop strict_format"
+            )
+        used = self.used.values()
         if self.max_cost and not all(one.input_price and one.output_price for one in used):
             raise ValueError(
                 "max_cost needs input_price and output_price of teacher and corrector, in dollars"
                 " for a million tokens"
             )
         return self
+
+    @property
+    def used(self) -> dict[Pass, EndpointConfig]:
+        """The endpoints that are asked."""
+        found: dict[Pass, EndpointConfig] = {"teacher": self.teacher}
+        return found | ({"corrector": self.corrector} if self.corrector.model else {})
+
+    @property
+    def _asks_for_all(self) -> bool:
+        # What a file asks for nobody knows: its author may say so.
+        shipped = self.prompt_style in _WHOLE and not self.prompt_without
+        return shipped or self.prompt_style.endswith(".jinja")
+
+    @property
+    def strict(self) -> bool:
+        """Whether a trace has to keep the whole chain of rubrics."""
+        if self.strict_format is None:
+            return self.prompt_style in _WHOLE and not self.prompt_without
+        return self.strict_format
 
     @property
     def log(self) -> Path:
@@ -90,41 +109,12 @@ class TraceConfig(Section):
         """What the models are asked."""
         return load_prompt(self.prompt_style, tuple(self.prompt_without))
 
-
-@dataclass(slots=True)
-class Traced:
-    """What there is of the work: traces by the pair's id, and why others have none."""
-
-    traces: dict[str, str] = field(default_factory=dict)
-    faults: dict[str, dict[Pass, str]] = field(default_factory=dict)  # id -> what was wrong
-    texts: dict[str, str] = field(default_factory=dict)  # id -> the teacher's flawed judgment
-    corrected: int = 0
-    tokens: Counter[str] = field(default_factory=Counter)
-    cost: float = 0.0
-
-    def add(self, row: Mapping[str, Any]) -> None:
-        """One line of the log."""
-        name, step, fault = row["id"], row["pass"], row["fault"]
-        self.tokens["prompt"] += row["prompt_tokens"]
-        self.tokens["new"] += row["new_tokens"]
-        self.cost += row["cost"]
-        if not fault:
-            self.traces[name] = row["text"]
-            self.corrected += step == "corrector"
-            self.texts.pop(name, None)
-            return
-        self.faults.setdefault(name, {})[step] = fault
-        if step == "teacher":
-            self.texts[name] = row["text"]
-
-    def left(self, pair: Pair, config: TraceConfig) -> Pass | None:
-        """Whom to ask about a pair next; None: nobody."""
-        if pair.id in self.traces:
-            return None
-        asked = self.faults.get(pair.id, {})
-        if "teacher" not in asked:
-            return "teacher"
-        return "corrector" if config.corrector.model and "corrector" not in asked else None
+    def sampling(self, step: Pass) -> SamplingParams:
+        """How the judgments of a pass are drawn."""
+        cap = self.max_new_tokens
+        if step == "corrector":
+            cap = self.corrector_max_new_tokens or cap
+        return SamplingParams(temperature=self.temperature, max_new_tokens=cap)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,14 +130,12 @@ class TraceReport:
     def to_json(self) -> dict[str, Any]:
         """The figures of all work on these pairs, that of earlier runs included."""
         traced = self.traced
-        last = [list(faults.values())[-1] for name, faults in traced.faults.items()
-                if name not in traced.traces]  # fmt: skip
         return {
             "pairs": self.pairs,
             "traces": len(traced.traces),
             "right_at_once": len(traced.traces) - traced.corrected,
             "corrected": traced.corrected,
-            "rejected": dict(Counter(last).most_common()),
+            "rejected": traced.rejected(),
             "failed_requests": self.failed,
             "new_answers": self.new,
             "prompt_tokens": traced.tokens["prompt"],
@@ -157,174 +145,168 @@ class TraceReport:
         }
 
 
-def fault_of(text: str, pair: Pair, step: Pass, *, cut: bool, strict: bool) -> str:
-    """Why a judgment is no trace for a pair; empty where it is one."""
-    if cut:
-        return "cut by max_new_tokens"
-    verdict = parse_verdict(text)
-    if verdict.answer is None:
-        return f"no verdict ({verdict.error.name})"
-    if verdict.answer != pair.label:
-        return _WRONG
-    if strict and verdict.error != FormatError.OK:
-        return f"format ({verdict.error.name})"
-    if step == "corrector" and _TOLD.search(text):
-        return "speaks of what it was told"
-    return ""
-
-
-def correction(chat: Sequence[Message], flawed: str, fault: str, pair: Pair) -> list[Message]:
-    """What the second model is asked: the pair, the flawed judgment, and the right verdict."""
-    problem = "That verdict is wrong" if fault == _WRONG else f"That is no judgment ({fault})"
-    return [
-        *chat,
-        {"role": "assistant", "content": flawed},
-        {"role": "user", "content": _CORRECTION.format(problem=problem, label=pair.label)},
-    ]
-
-
 def trace(config: TraceConfig, *, on_answer: OnAnswer | None = None) -> TraceReport:
-    """Ask for what is missing and write the traces that there are; see `TraceConfig`."""
+    """Ask for what is missing and write the traces that there are; see `TraceConfig`.
+
+    Raises:
+        ValueError: a file cannot be used, another process is at work on it, or no request can
+            succeed; what was answered is kept.
+    """
+    _refuse_files(config)
     pairs = read_pairs(config.pairs)[: config.limit]
-    settings = _settings(config)
-    traced = _resumed(config, settings)
-    work = _Work(config, pairs, traced, settings, on_answer)
-    config.log.parent.mkdir(parents=True, exist_ok=True)
+    work = _Work(config, pairs, on_answer)
     words = "Stopping when the answers that are asked for have come"
-    try:
-        with config.log.open("a", encoding="utf-8") as stream, StopRequest(words) as stop:
-            work.stop = stop
+    finished = False
+    with opened(config.log) as stream, StopRequest(words) as stop:
+        work.begin(stop)
+        try:
             asyncio.run(work.all(stream))
-    finally:
-        found = [replace(p, trace=traced.traces[p.id]) for p in pairs if p.id in traced.traces]
-        write_pairs(config.output, found)
-    return TraceReport(len(pairs), traced, work.new, work.failed, work.stopped)
+            finished = True
+        finally:
+            if finished or work.new:  # what is there is not replaced by nothing
+                texts = work.traced.traces
+                write_pairs(
+                    config.output,
+                    [replace(pair, trace=texts[pair.id]) for pair in pairs if pair.id in texts],
+                )
+    return TraceReport(len(pairs), work.traced, work.new, work.failed, work.stopped)
+
+
+def _refuse_files(config: TraceConfig) -> None:
+    """What would be found out when everything is paid for, or would be overwritten."""
+    output = Path(config.output)
+    if output.is_dir():
+        raise ValueError(f"{output}: a folder; output names the file to write")
+    if output.suffix != ".jsonl":
+        raise ValueError(f"{output}: traces are JSONL; name a file that ends in .jsonl")
+    if Path(config.pairs).exists() and output.exists() and output.samefile(config.pairs):
+        raise ValueError(f"{output}: pairs and output are one file; give another output")
 
 
 class _Work:
-    """The pairs that are left, and the two endpoints that are asked about them."""
+    """The pairs that are left, and the endpoints that are asked about them."""
 
     def __init__(
-        self,
-        config: TraceConfig,
-        pairs: Sequence[Pair],
-        traced: Traced,
-        settings: dict[str, Any],
-        on_answer: OnAnswer | None,
+        self, config: TraceConfig, pairs: Sequence[Pair], on_answer: OnAnswer | None
     ) -> None:
-        self.config, self.traced, self.settings = config, traced, settings
-        self.todo = [pair for pair in pairs if traced.left(pair, config)]
-        self.total, self.done = len(pairs), len(pairs) - len(self.todo)
-        self.new = self.failed = 0
-        self.stopped, self.stop = "", StopRequest()
-        self.on_answer = on_answer
-        self.sampling = SamplingParams(
-            temperature=config.temperature, max_new_tokens=config.max_new_tokens
-        )
+        self.config, self.pairs, self.on_answer = config, pairs, on_answer
+        self.traced = Traced()
+        self.new = self.failed = self.done = 0
+        self.stopped, self.error = "", ""
+        self.stop = StopRequest()
+        self.budget = Budget(config.max_cost)
+        # A key or a package that is missing is told before any file is made.
+        self.asked = {
+            step: Endpoint(one, self.budget, self._ending) for step, one in config.used.items()
+        }
+        self.settings: dict[Pass, dict[str, Any]] = {
+            step: {
+                "prompt_hash": config.prompt.hash,
+                "strict_format": config.strict,
+                "max_new_tokens": config.sampling(step).max_new_tokens,
+                "temperature": config.temperature,
+                "model": {"teacher": config.teacher, "corrector": config.corrector}[step].model,
+            }
+            for step in ("teacher", "corrector")
+        }
+
+    def begin(self, stop: StopRequest) -> None:
+        """Read what earlier runs have got; `stop` is asked before each request."""
+        self.stop = stop
+        contents = {pair.id: content_of(pair) for pair in self.pairs}
+        self.traced = resumed(self.config.log, contents, self.settings)
+        self.budget.spent = self.traced.cost
+
+    def _ending(self) -> bool:
+        return self.stop.requested or bool(self.error)
+
+    def _next(self, pair: Pair) -> Pass | None:
+        return self.traced.left(pair, two_passes="corrector" in self.asked)
 
     async def all(self, stream: TextIO) -> None:
         """As many pairs at a time as both endpoints take requests."""
-        config = self.config
+        todo = [pair for pair in self.pairs if self._next(pair)]
+        self.done = len(self.pairs) - len(todo)
         self._tell()
-        budget = Budget(config.max_cost)
-        budget.spent = self.traced.cost
-        used: dict[Pass, EndpointConfig] = {"teacher": config.teacher}
-        if config.corrector.model:
-            used["corrector"] = config.corrector
         async with AsyncExitStack() as stack:
-            asked = {
-                step: await stack.enter_async_context(Endpoint(one, budget))
-                for step, one in used.items()
-            }
-            queue = iter(self.todo)
-            workers = sum(one.concurrency for one in used.values())
-            tasks = [
-                asyncio.ensure_future(self._some(queue, asked, stream)) for _ in range(workers)
-            ]
-            try:
-                await asyncio.gather(*tasks)
-            except OverBudget:
-                self.stopped = f"max_cost ({config.max_cost:g} dollars) leaves no further request"
-                await asyncio.gather(*tasks, return_exceptions=True)  # what is out is paid for
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+            for endpoint in self.asked.values():
+                await stack.enter_async_context(endpoint)
+            queue = iter(todo)
+            workers = sum(one.concurrency for one in self.config.used.values())
+            await asyncio.gather(*(self._some(queue, stream) for _ in range(workers)))
+        if self.error:
+            raise ValueError(self.error)
 
-    async def _some(
-        self, queue: Iterator[Pair], asked: dict[Pass, Endpoint], stream: TextIO
-    ) -> None:
+    async def _some(self, queue: Iterator[Pair], stream: TextIO) -> None:
+        """Take pair after pair. An error ends all workers when what they asked for has come."""
         for pair in queue:
-            if self.stop.requested:
-                self.stopped = "interrupted"
-                return
             try:
-                while step := self.traced.left(pair, self.config):
-                    await self._ask(pair, step, asked[step], stream)
+                while step := self._next(pair):
+                    await self._ask(pair, step, stream)
+            except NotSent:
+                self.stopped = "" if self.error else "interrupted"
+                return
+            except OverBudget:  # another pair may be shorter
+                cap = self.config.max_cost or 0.0
+                self.stopped = f"max_cost ({cap:g} dollars) leaves no further request"
             except RequestFailed:  # the next run asks again
                 self.failed += 1
+            except ValueError as error:  # no request can succeed
+                self.error = self.error or str(error)
+                return
             self.done += 1
             self._tell()
 
-    async def _ask(self, pair: Pair, step: Pass, endpoint: Endpoint, stream: TextIO) -> None:
-        chat = self.config.prompt.render(pair)
+    async def _ask(self, pair: Pair, step: Pass, stream: TextIO) -> None:
+        config, endpoint = self.config, self.asked[step]
+        chat = config.prompt.render(pair)
         if step == "corrector":
             fault = self.traced.faults[pair.id]["teacher"]
             chat = correction(chat, self.traced.texts[pair.id], fault, pair)
-        answer: Answer = await endpoint.chat(chat, self.sampling)
+        try:
+            answer = await endpoint.chat(chat, config.sampling(step))
+        except Refused as error:
+            if not endpoint.answered:  # it may be how all of them are asked
+                raise
+            self._keep(stream, pair, step, Reply(), error.cost, fault=f"{REFUSED}: {error}")
+            return
+        except RequestFailed as error:
+            if error.cost:
+                self._keep(stream, pair, step, Reply(), error.cost, failed=str(error))
+            raise
         reply = answer.reply
-        fault = fault_of(
-            reply.text,
-            pair,
-            step,
-            cut=reply.finish_reason == "length",
-            strict=self.config.strict_format,
-        )
+        cut = reply.finish_reason == "length"
+        fault = fault_of(reply.text, pair, step, cut=cut, strict=config.strict)
+        self._keep(stream, pair, step, reply, answer.cost, fault=fault)
+
+    def _keep(
+        self,
+        stream: TextIO,
+        pair: Pair,
+        step: Pass,
+        reply: Reply,
+        cost: float,
+        *,
+        fault: str = "",
+        failed: str = "",
+    ) -> None:
+        """One line of the log; `failed` says why there is no answer, and it is asked again."""
+        told = {name: value for name, value in asdict(reply).items() if name != "skipped"}
         row = {
             "id": pair.id,
             "pass": step,
             "fault": fault,
-            **{name: value for name, value in asdict(reply).items() if name != "skipped"},
-            "cost": answer.cost,
-            "model": endpoint.config.model,
-            **self.settings,
+            "failed": failed,
+            **told,
+            "cost": cost,
+            "content": content_of(pair),
+            **self.settings[step],
         }
         append(stream, [row])
         self.traced.add(row)
-        self.new += 1
+        self.new += not failed
 
     def _tell(self) -> None:
         if self.on_answer is not None:
             figures = {"traces": float(len(self.traced.traces)), "dollars": self.traced.cost}
-            self.on_answer(self.done, self.total, figures)
-
-
-def _settings(config: TraceConfig) -> dict[str, Any]:
-    """What must not change between two runs that share a log."""
-    return {
-        "prompt_hash": config.prompt.hash,
-        "strict_format": config.strict_format,
-        "max_new_tokens": config.max_new_tokens,
-        "temperature": config.temperature,
-    }
-
-
-def _resumed(config: TraceConfig, settings: dict[str, Any]) -> Traced:
-    """What earlier runs have got. ValueError when they asked for something else."""
-    traced, log = Traced(), config.log
-    if not log.exists():
-        return traced
-    repair_tail(log)
-    for number, row in read_rows(log):
-        try:
-            asked = {"teacher": config.teacher, "corrector": config.corrector}[row["pass"]]
-            for name, value in {**settings, "model": asked.model}.items():
-                if row[name] != value:
-                    raise ValueError(
-                        f"{log}, line {number}: {name} is {row[name]!r}, but this run has"
-                        f" {value!r}; give another output, or remove the log to start over"
-                    )
-            traced.add(row)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{log}, line {number}: no answer of a trace run ({error})") from None
-    return traced
+            self.on_answer(self.done, len(self.pairs), figures)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ class Reply:
     usage: bool = True
     finish_reason: str = "stop"
     before: Callable[[], None] = lambda: None
+    drips: int = 0  # so many spaces before the body, 0.1 s apart
 
 
 @dataclass
@@ -57,8 +59,11 @@ def serving(answer: Callable[[Request, int], Reply]) -> Iterator[Server]:
             self.send_response(reply.status)
             for name, value in {"Content-Type": "application/json", **reply.headers}.items():
                 self.send_header(name, value)
-            self.send_header("Content-Length", str(len(data)))
+            self.send_header("Content-Length", str(len(data) + reply.drips))
             self.end_headers()
+            for _ in range(reply.drips):
+                time.sleep(0.1)
+                self.wfile.write(b" ")
             self.wfile.write(data)
 
         def log_message(self, *_: Any) -> None:

@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from endpoint_server import Reply, Request, Server, serving
 from rmr1.cli import main
 from rmr1.data import Message, Pair, read_pairs, write_pairs
 from rmr1.models import POCKET
-from rmr1.trace import TraceConfig, TraceReport, correction, fault_of, trace
+from rmr1.trace import TraceConfig, TraceReport, trace
+from rmr1.trace_check import correction, fault_of
+from rmr1.trace_log import opened
 
 KEY = "sk-secret-0123456789"
 JUDGMENT = (
@@ -142,6 +145,20 @@ def test_no_trace_without_a_second_model_or_when_it_fails_too(run: Traces) -> No
         (JUDGMENT.format("B").replace("It is 4", "I was told B"), "corrector", "speaks of what"),
         (JUDGMENT.format("B").replace("It is 4", "The correct label is B"), "corrector", "speaks"),
         (JUDGMENT.format("B").replace("It is 4", "The correct answer is 4"), "corrector", ""),
+        (JUDGMENT.format("B").replace("It is 4", "As I know that B is better"), "corrector", "spe"),
+        (JUDGMENT.format("B").replace("It is 4", "The reference says B"), "corrector", "speaks"),
+        (
+            JUDGMENT.format("B").replace(
+                "It is 4", "The instruction says that the verdict must be B"
+            ),
+            "corrector",
+            "speaks",
+        ),
+        (
+            JUDGMENT.format("B").replace(">4<", ">I was told the train was late<"),
+            "corrector",
+            "",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_judgment(text: str, step: Any, fault: str) -> None:
@@ -172,20 +189,16 @@ def test_errors_that_pass_are_tried_again(run: Traces) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bad", "seen"),
+    "bad",
     [
-        (Reply(body=b"not json"), "unreadable|no chat completion"),
-        (Reply(body={}), "no chat completion"),
-        (Reply(body={"choices": []}), "no chat completion"),
-        (Reply(body=[1, 2]), "unreadable|no chat completion"),
-        (Reply(None), "no chat completion"),
-        (Reply(status=500, body={"error": {"message": "oh"}}), "500"),
-        (Reply(status=400, body={"error": {"message": "too long"}}), "400"),
-        (Reply("x", before=lambda: time.sleep(1.0)), "no answer within"),
+        Reply(body=b"not json"),
+        Reply(body={}),
+        Reply(status=500, body={"error": {"message": "oh"}}),
+        Reply("x", before=lambda: time.sleep(1.0)),
     ],
-    ids=["text", "empty", "no choices", "list", "no content", "500", "400", "slow"],
+    ids=["text", "empty", "500", "slow"],
 )
-def test_a_request_that_fails_is_left_for_the_next_run(run: Traces, bad: Reply, seen: str) -> None:
+def test_a_request_that_fails_is_left_for_the_next_run(run: Traces, bad: Reply) -> None:
     def answer(request: Request, _: int) -> Reply:
         return bad if failing and number_of(request) == 1 else right(request)
 
@@ -200,6 +213,106 @@ def test_a_request_that_fails_is_left_for_the_next_run(run: Traces, bad: Reply, 
     assert (report["traces"], report["failed_requests"], report["new_answers"]) == (4, 0, 1)
     assert len(server.requests) == before + 1  # nothing else is asked for again
     assert [one.id for one in run.written()] == ["p0", "p1", "p2", "p3"]
+
+
+def test_what_a_server_refuses_is_not_asked_again_and_blocks_nothing(run: Traces) -> None:
+    """Twelve of sixty: more than the failures in a row that mean a dead endpoint."""
+
+    def answer(request: Request, _: int) -> Reply:
+        if 10 <= number_of(request) < 22:
+            return Reply(status=400, body={"error": {"message": "content policy"}})
+        return right(request)
+
+    with serving(answer) as server:
+        one: Any = {"teacher": {"concurrency": 1}, "corrector": {"model": "second"}}
+        figures = run(server, pairs=60, **one).to_json()
+        assert (figures["traces"], figures["failed_requests"]) == (48, 0)
+        assert figures["rejected"] == {"refused by the server": 12}
+        assert "content policy" in run.log()[10]["fault"]
+        figures = run(server, pairs=80, **one).to_json()
+        assert (figures["traces"], len(server.requests)) == (68, 80)
+
+
+def test_a_server_that_refuses_everything_leaves_no_mark(run: Traces) -> None:
+    """It is how it was asked: with the right setting every pair is asked anew."""
+
+    def answer(request: Request, _: int) -> Reply:
+        if "max_tokens" in request:
+            return Reply(status=400, body={"error": {"message": "unsupported max_tokens"}})
+        return right(request)
+
+    with serving(answer) as server:
+        with pytest.raises(ValueError, match=r"30 requests in a row failed, .*unsupported max_tok"):
+            run(server, pairs=40)
+        assert run.log() == []
+        figures = run(server, pairs=40, teacher={"limit_name": "max_completion_tokens"}).to_json()
+    assert figures["traces"] == 40
+
+
+def test_an_answer_without_text_is_paid_for_and_corrected(run: Traces) -> None:
+    def answer(request: Request, _: int) -> Reply:
+        return right(request) if request["model"] == "second" else Reply(None)
+
+    with serving(answer) as server:
+        figures = run(
+            server, teacher=PRICES, corrector={**PRICES, "model": "second"}, max_cost=1.0
+        ).to_json()
+        assert (figures["traces"], figures["corrected"]) == (4, 4)
+        assert figures["cost"] == pytest.approx(8 * 0.002)
+        second = [one for one in server.requests if one["model"] == "second"]
+    assert all(one["messages"][2]["content"] == "(no answer)" for one in second)
+
+
+def test_a_failure_that_costs_is_booked_and_the_next_run_knows(run: Traces) -> None:
+    """A body without choices that was counted, and an answer that came too late."""
+
+    def answer(request: Request, _: int) -> Reply:
+        if number_of(request) == 0:
+            return Reply(body={"usage": {"prompt_tokens": 100, "completion_tokens": 10}})
+        return Reply("x", before=lambda: time.sleep(1.0))
+
+    more: Any = {"teacher": {**PRICES, "timeout": 0.3}, "max_new_tokens": 20}
+    with serving(answer) as server:
+        first = run(server, pairs=2, max_cost=1.0, **more).to_json()
+        counted, late = sorted(row["cost"] for row in run.log())
+        assert counted == pytest.approx(0.002)
+        assert late > 20 * 100e-6  # all that it might have written, and the prompt
+        assert first["cost"] == pytest.approx(counted + late)
+        assert (first["failed_requests"], first["new_answers"]) == (2, 0)
+        again = run(server, pairs=2, max_cost=1.0, **more).to_json()
+    assert again["cost"] == pytest.approx(2 * (counted + late))
+
+
+def test_a_pair_too_dear_is_left_out_and_the_others_go_on(run: Traces) -> None:
+    more: Any = {"teacher": {**PRICES, "concurrency": 1}, "max_new_tokens": 20}
+    with serving(lambda request, _: right(request)) as server:
+        config = run.config(server, pairs=6, max_cost=0.3, **more)
+        pairs = [pair(number) for number in range(6)]
+        pairs[0] = replace(pairs[0], answer_a="long " * 8000)
+        write_pairs(config.pairs, pairs)
+        figures = trace(config).to_json()
+    assert figures["traces"] == 5
+    assert figures["stopped"].startswith("max_cost")
+
+
+def test_an_error_that_ends_it_waits_for_what_is_out(run: Traces) -> None:
+    """The second model is unknown: what the first was asked is paid for, and kept."""
+
+    def answer(request: Request, _: int) -> Reply:
+        if request["model"] == "second":
+            return Reply(status=404, body={"error": {"message": "no such model"}})
+        if number_of(request) == 0:
+            return wrong(request)
+        return slow(right(request))
+
+    with (
+        serving(answer) as server,
+        pytest.raises(ValueError, match="knows no model 'second'"),
+    ):
+        run(server, pairs=40, teacher={"concurrency": 8}, corrector={"model": "second"})
+    asked = [one for one in server.requests if one["model"] == "teacher"]
+    assert len(run.log()) == len(asked) < 40
+    assert len(run.written()) == len(asked) - 1
 
 
 def test_nobody_there_is_said_soon(run: Traces) -> None:
@@ -369,6 +482,101 @@ def wait_for(said: Callable[[], bool]) -> None:
     while not said():
         assert time.monotonic() < until
         time.sleep(0.02)
+
+
+def test_ctrl_c_begins_no_request_of_either_model(run: Traces) -> None:
+    with serving(lambda request, _: slow(wrong(request))) as server:
+        config = run.config(server, pairs=40, corrector={"model": "second", "concurrency": 2})
+        path = run.folder / "config.json"
+        path.write_text(config.model_dump_json())
+        code = f"""
+from rmr1.trace import TraceConfig, trace
+print(trace(TraceConfig.model_validate_json(open({str(path)!r}).read())).stopped)
+"""
+        process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+        wait_for(lambda: len(server.requests) > 6)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.05)  # a request that was on its way may still come in
+        before = len(server.requests)
+        process.communicate(timeout=30)
+    assert len(server.requests) <= before + 1
+    assert len(run.log()) == len(server.requests)
+
+
+def test_pairs_that_changed_under_their_ids_are_refused(run: Traces) -> None:
+    """A file that was built anew with another seed has the same ids and other sides."""
+    with serving(lambda request, _: right(request)) as server:
+        config = run.config(server)
+        trace(config)
+        write_pairs(config.pairs, [pair(number).swapped() for number in range(4)])
+        with pytest.raises(ValueError, match="line 1: content is "):
+            trace(config)
+    assert len(server.requests) == 4
+
+
+def test_pairs_of_another_run_count_by_their_cost(run: Traces) -> None:
+    with serving(lambda request, _: right(request)) as server:
+        run(server, pairs=6)
+        figures = run(server, pairs=6, limit=2).to_json()
+    assert (figures["pairs"], figures["traces"], figures["prompt_tokens"]) == (2, 2, 600)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda run: {"output": str(run.folder)}, "a folder; output names the file"),
+        (lambda run: {"output": str(run.folder / "x.parquet")}, "traces are JSONL"),
+        (lambda run: {"output": str(run.folder / "pairs.jsonl")}, "pairs and output are one file"),
+    ],
+)
+def test_an_output_that_cannot_be_written(run: Traces, change: Any, told: str) -> None:
+    config = run.config("http://127.0.0.1:9/v1")
+    with pytest.raises(ValueError, match=told):
+        trace(config.model_copy(update=change(run)))
+    assert len(read_pairs(config.pairs)) == 4
+
+
+def test_traces_are_not_replaced_by_nothing(run: Traces, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(lambda request, _: right(request)) as server:
+        run(server)
+    run.output.with_suffix(".log.jsonl").unlink()
+    with pytest.raises(ValueError, match="10 requests in a row failed"):
+        run(server, pairs=20)  # it is gone
+    assert len(run.written()) == 4
+
+
+def test_two_processes_do_not_share_a_log(run: Traces) -> None:
+    with serving(lambda request, _: right(request)) as server:
+        config = run.config(server)
+        with opened(config.log), pytest.raises(ValueError, match="another process is at work"):
+            trace(config)
+        assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        ({"prompt_style": "reasoning"}, "A it is.\n<answer>[[{}]]</answer>"),
+        ({"prompt_without": ["classification"]}, "<solution>4</solution>\n<answer>[[{}]]</answer>"),
+    ],
+)
+def test_a_prompt_that_asks_for_less_gets_traces_with_less(
+    run: Traces, more: dict[str, Any], text: str
+) -> None:
+    def answer(request: Request, _: int) -> Reply:
+        (found,) = set(re.findall(r"What is (\d+) \+ 0", json.dumps(request["messages"])))
+        return Reply(text.format(pair(int(found)).label))
+
+    with serving(answer) as server:
+        assert run(server, **more).to_json()["traces"] == 4
+    with pytest.raises(ValueError, match="drop strict_format"):
+        run.config("http://127.0.0.1:9/v1", strict_format=True, **more)
+
+
+def test_the_second_model_may_have_a_cap_of_its_own(run: Traces) -> None:
+    with serving(lambda request, _: wrong(request)) as server:
+        run(server, pairs=1, corrector={"model": "second"}, corrector_max_new_tokens=9000)
+    assert [one["max_tokens"] for one in server.requests] == [4096, 9000]
 
 
 def test_the_command(run: Traces, capsys: pytest.CaptureFixture[str]) -> None:

@@ -227,6 +227,8 @@ def _judged(
             if answered:
                 kept, made = zip(*answered, strict=True)
                 yield kept, _voted(kept, made)
+            if cut.interrupted:
+                raise KeyboardInterrupt from None
             raise
         yield batch, _voted(batch, replies)
 

@@ -121,7 +121,7 @@ class Eval(ModelVerb):
     def _judge(self, place: Launch | None) -> tuple[Answers, str, int | None, int]:
         """The judge, its name, the longest prompt that it takes, and the longest judgment."""
         if self.endpoint.model:
-            from rmr1.endpoint import RemoteModel
+            from rmr1.remote_model import RemoteModel
 
             # An address may hold a password; the name stands in every row.
             address = re.sub(r"//[^/]*@", "//", self.endpoint.base_url)
