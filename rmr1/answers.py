@@ -1,4 +1,4 @@
-"""Who answers the judge's prompts: a model here, or one behind an endpoint (endpoint.py)."""
+"""Who answers the judge's prompts: a model here, or one behind an endpoint (endpoints/)."""
 
 from __future__ import annotations
 

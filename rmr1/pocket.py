@@ -88,8 +88,7 @@ TURNS = (*FAMILIES, *(family for family in FAMILIES if family.name not in EASY))
 # Of the random verdicts. At one half, a greedy judge would go by whatever tips the scales by a hair
 # and may be right in 57 of 100; this one says A.
 A_SHARE = 0.6
-# A head is 32 wide, and `wire_copying` wants an even number of them.
-WIDTHS = (64, 128, 192)
+WIDTHS = (32, 64, 128, 192)
 # Few sequences a step: a small model gains more from many updates than from large ones.
 BATCH = 16
 # (updates, peak learning rate); each round warms up again, on fresh tasks.
@@ -177,7 +176,9 @@ def model_config(width: int = 192) -> ModelConfig:
     """The pocket model's shape at one of `WIDTHS`, all else alike; 192 is the one that ships."""
     inner = width * 8 // 3 // 8 * 8
     sizes = {"hidden_size": width, "intermediate_size": inner}
-    heads = dict.fromkeys(("num_attention_heads", "num_key_value_heads"), width // 32)
+    # A head is 32 wide, but `wire_copying` needs two of them.
+    count = max(2, width // 32)
+    heads = dict.fromkeys(("num_attention_heads", "num_key_value_heads"), count)
     return ModelConfig.from_dict({**MODEL, **sizes, **heads})
 
 

@@ -27,7 +27,8 @@ from benchmark_judges import (
 from endpoint_server import Reply as ServerReply
 from endpoint_server import serving
 
-from rmr1.endpoint import EndpointConfig
+from rmr1.endpoints.endpoint import EndpointConfig
+from rmr1.endpoints.remote_model import RemoteModel
 from rmr1.evals.benchmark_items import Dataset
 from rmr1.evals.benchmark_run import model_id
 from rmr1.evals.rewardbench_items import load_rewardbench
@@ -36,7 +37,6 @@ from rmr1.evals.rmb_items import load_rmb
 from rmr1.evals.score import score_file
 from rmr1.judgment_log import repair_tail
 from rmr1.prompts import load_prompt
-from rmr1.remote_model import RemoteModel
 
 
 def rm_bench(tmp_path: Path, **domains: int) -> Dataset:

@@ -15,7 +15,7 @@ from rmr1.config import RlvrConfig, SftConfig, load_config, to_toml
 from rmr1.datasets.build_config import BuildConfig
 from rmr1.demo_config import DemoConfig, rlvr_config, sft_config
 from rmr1.grpo_config import GrpoConfig
-from rmr1.trace import TraceConfig
+from rmr1.traces.trace import TraceConfig
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
 KINDS = {

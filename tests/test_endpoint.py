@@ -11,9 +11,9 @@ import pytest
 from endpoint_server import Reply, serving
 
 from rmr1.answers import CutShort
-from rmr1.endpoint import Answer, Endpoint, EndpointConfig, RequestFailed
+from rmr1.endpoints.endpoint import Answer, Endpoint, EndpointConfig, RequestFailed
+from rmr1.endpoints.remote_model import RemoteModel
 from rmr1.engine.sampling import SamplingParams
-from rmr1.remote_model import RemoteModel
 
 KEY = "sk-secret-0123456789abcdef"
 

@@ -23,9 +23,9 @@ from endpoint_server import Reply, Request, Server, serving
 from rmr1.cli import main
 from rmr1.data import Message, Pair, read_pairs, write_pairs
 from rmr1.models import POCKET
-from rmr1.trace import TraceConfig, TraceReport, trace
-from rmr1.trace_check import correction, fault_of
-from rmr1.trace_log import opened
+from rmr1.traces.check import correction, fault_of
+from rmr1.traces.log import opened
+from rmr1.traces.trace import TraceConfig, TraceReport, trace
 
 KEY = "sk-secret-0123456789"
 JUDGMENT = (
@@ -439,7 +439,7 @@ def test_a_killed_run_goes_on(run: Traces) -> None:
     with serving(lambda request, _: slow(right(request))) as server:
         config = run.config(server, pairs=40)
         code = f"""
-from rmr1.trace import TraceConfig, trace
+from rmr1.traces.trace import TraceConfig, trace
 trace(TraceConfig.model_validate_json({config.model_dump_json()!r}))
 """
         process = subprocess.Popen([sys.executable, "-c", code])
@@ -458,7 +458,7 @@ def test_ctrl_c_waits_for_what_is_out_and_writes_what_there_is(run: Traces) -> N
         path = run.folder / "config.json"
         path.write_text(config.model_dump_json())
         code = f"""
-from rmr1.trace import TraceConfig, trace
+from rmr1.traces.trace import TraceConfig, trace
 print(trace(TraceConfig.model_validate_json(open({str(path)!r}).read())).stopped)
 """
         process = subprocess.Popen(
@@ -490,7 +490,7 @@ def test_ctrl_c_begins_no_request_of_either_model(run: Traces) -> None:
         path = run.folder / "config.json"
         path.write_text(config.model_dump_json())
         code = f"""
-from rmr1.trace import TraceConfig, trace
+from rmr1.traces.trace import TraceConfig, trace
 print(trace(TraceConfig.model_validate_json(open({str(path)!r}).read())).stopped)
 """
         process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rmr1.data import Pair, read_pairs, write_whole
-from rmr1.endpoint import EndpointConfig
+from rmr1.endpoints.endpoint import EndpointConfig
 from rmr1.engine.launch import launched
 from rmr1.evals.benchmark_table import print_score
 from rmr1.evals.judgment_rows import Benchmark
@@ -121,7 +121,7 @@ class Eval(ModelVerb):
     def _judge(self, place: Launch | None) -> tuple[Answers, str, int | None, int]:
         """The judge, its name, the longest prompt that it takes, and the longest judgment."""
         if self.endpoint.model:
-            from rmr1.remote_model import RemoteModel
+            from rmr1.endpoints.remote_model import RemoteModel
 
             # An address may hold a password; the name stands in every row.
             address = re.sub(r"//[^/]*@", "//", self.endpoint.base_url)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rmr1.terminal import phase
-from rmr1.trace import TraceConfig, trace
+from rmr1.traces.trace import TraceConfig, trace
 from rmr1.verbs.arguments import SETTINGS, Verb
 
 

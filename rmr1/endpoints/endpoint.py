@@ -21,9 +21,9 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator
 
 from rmr1.answers import Reply
-from rmr1.budget import Budget, OverBudget
-from rmr1.completion import read_completion, usage_of
 from rmr1.data import Message
+from rmr1.endpoints.budget import Budget, OverBudget
+from rmr1.endpoints.completion import read_completion, usage_of
 from rmr1.engine.sampling import SamplingParams
 from rmr1.section import Section
 

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from rmr1.data import Pair, read_rows
 from rmr1.judgment_log import repair_tail
-from rmr1.trace_check import Pass
+from rmr1.traces.check import Pass
 
 REFUSED = "refused by the server"
 

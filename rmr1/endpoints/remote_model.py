@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from rmr1.answers import CutShort, Progress, Reply
 from rmr1.data import Message
-from rmr1.endpoint import Endpoint, EndpointConfig, NotSent, Refused, RequestFailed
+from rmr1.endpoints.endpoint import Endpoint, EndpointConfig, NotSent, Refused, RequestFailed
 from rmr1.engine.sampling import SamplingParams
 from rmr1.stop_request import StopRequest
 

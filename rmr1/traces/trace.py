@@ -2,9 +2,9 @@
 
 As in RM-R1 (arXiv 2505.02387, section 3.1): a teacher judges each pair; what it gets wrong a second
 model writes anew, knowing the right verdict and the flawed judgment. Every judgment is checked by
-the parser that training and evaluation use (trace_check.py).
+the parser that training and evaluation use (check.py).
 
-Each answer is one line of a log (trace_log.py), from which the same command goes on: nothing that
+Each answer is one line of a log (log.py), from which the same command goes on: nothing that
 was paid for is asked for twice. The traces are written when the work ends, also by Ctrl-C, the
 spending cap or an endpoint that dies; what is out at that moment is waited for.
 """
@@ -21,16 +21,16 @@ from typing import Any, TextIO
 from pydantic import Field, model_validator
 
 from rmr1.answers import Reply
-from rmr1.budget import Budget, OverBudget
 from rmr1.data import Pair, read_pairs, write_pairs
-from rmr1.endpoint import Endpoint, EndpointConfig, NotSent, Refused, RequestFailed
+from rmr1.endpoints.budget import Budget, OverBudget
+from rmr1.endpoints.endpoint import Endpoint, EndpointConfig, NotSent, Refused, RequestFailed
 from rmr1.engine.sampling import SamplingParams
 from rmr1.judgment_log import append
 from rmr1.prompts import Part, Prompt, PromptStyle, load_prompt
 from rmr1.section import Section
 from rmr1.stop_request import StopRequest
-from rmr1.trace_check import Pass, correction, fault_of
-from rmr1.trace_log import REFUSED, Traced, content_of, opened, resumed
+from rmr1.traces.check import Pass, correction, fault_of
+from rmr1.traces.log import REFUSED, Traced, content_of, opened, resumed
 
 OnAnswer = Callable[[int, int, dict[str, float]], None]  # (pairs done, pairs in all, figures)
 
