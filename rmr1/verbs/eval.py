@@ -6,12 +6,11 @@ What needs torch is imported where a verb runs, so that `--help` answers at once
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
@@ -46,6 +45,16 @@ _WANTED = {
 }
 
 
+class _Asked(NamedTuple):
+    """A judge, its name, its longest prompt (None: no limit) and judgment, and its dtype."""
+
+    model: Answers
+    name: str
+    room: int | None
+    longest: int
+    dtype: str
+
+
 class Eval(ModelVerb):
     """Measure a judge.
 
@@ -78,10 +87,6 @@ class Eval(ModelVerb):
     )
     batch_size: int | None = Field(
         None, ge=1, description="judgments saved at a time; unset: 64, endpoints 4 x concurrency"
-    )
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of weights and compute")
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="auto: a GPU if there is one"
     )
     json_output: bool = Field(False, alias="json", description="print figures as JSON")
 
@@ -118,21 +123,19 @@ class Eval(ModelVerb):
                 f"eval {name} is always greedy with one vote; drop --temperature, or give --votes"
             )
 
-    def _judge(self, place: Launch | None) -> tuple[Answers, str, int | None, int]:
-        """The judge, its name, the longest prompt that it takes, and the longest judgment."""
+    def _judge(self, place: Launch | None) -> _Asked:
         if self.endpoint.model:
             from rmr1.endpoints.remote_model import RemoteModel
 
-            # An address may hold a password; the name stands in every row.
-            address = re.sub(r"//[^/]*@", "//", self.endpoint.base_url)
-            name = f"{self.endpoint.model}@{address}"
-            return RemoteModel(self.endpoint), name, None, self.max_new_tokens or 1024
+            name = f"{self.endpoint.model}@{self.endpoint.base_url}"
+            return _Asked(RemoteModel(self.endpoint), name, None, self.max_new_tokens or 1024, "")
         from rmr1.evals.benchmark_run import model_id
-        from rmr1.models import resolve_device, resolve_model
+        from rmr1.models import resolve_model
 
-        device = resolve_device(self.device, place)
-        model, room, longest = self.load(dtype=self.dtype, device=device)
-        return model, model_id(resolve_model(self.model)), room, longest
+        judge = self.judge(place)
+        name = model_id(resolve_model(self.model))
+        longest, room = judge.greedy.max_new_tokens, judge.model.max_prompt_tokens
+        return _Asked(judge.model, name, room, longest, self.where(place)[1])
 
     def _benchmark(self, name: Benchmark) -> int:
         from rmr1.evals.benchmark_run import Making, run_benchmark
@@ -142,19 +145,19 @@ class Eval(ModelVerb):
         first = place is None or place.rank == 0
         with phase(TITLES[name], 1, "judgments") if first else nullcontext() as bar:
             dataset = load(self.data)
-            judge, told, room, longest = self._judge(place)
+            asked = self._judge(place)
             done = run_benchmark(
-                judge,
+                asked.model,
                 dataset,
                 Making(
-                    model=told,
+                    model=asked.name,
                     prompt=self.template,
                     seed=self.seed,
                     votes=self.votes,
                     temperature=1.0 if self.temperature is None else self.temperature,
-                    max_new_tokens=longest,
-                    max_prompt_tokens=room,
-                    dtype="" if self.endpoint.model else self.dtype,
+                    max_new_tokens=asked.longest,
+                    max_prompt_tokens=asked.room,
+                    dtype=asked.dtype,
                 ),
                 output=self.output or f"results/{name}.jsonl",
                 limit=self.limit,
@@ -180,13 +183,13 @@ class Eval(ModelVerb):
             pairs = read_pairs(self.data)[: self.limit]
         else:
             raise ValueError("eval pairs needs --data, a JSONL file of pairs")
-        model, _, _, longest = self._judge(None)
+        asked = self._judge(None)
         sampling = SamplingParams(
-            temperature=self.temperature or 0.0, max_new_tokens=longest, seed=self.seed
+            temperature=self.temperature or 0.0, max_new_tokens=asked.longest, seed=self.seed
         )
         with phase("Evaluate", 2 * len(pairs), "judgments") as bar:
             found = evaluate_pairs(
-                model,
+                asked.model,
                 pairs,
                 prompt=self.template,
                 sampling=sampling,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 from rich.console import Console
@@ -16,9 +16,6 @@ from rmr1.judgment_print import print_judgment, print_ranking
 from rmr1.terminal import phase
 from rmr1.verbs.arguments import Verb
 from rmr1.verbs.model import ModelVerb
-
-if TYPE_CHECKING:
-    from rmr1.judge import Judge
 
 
 class JudgeOne(ModelVerb):
@@ -67,19 +64,12 @@ class JudgeOne(ModelVerb):
             raise ValueError("judge needs --prompt with --answer_a and --answer_b, or --answers")
         return self._rank() if self.answers else self._compare()
 
-    def _judge(self) -> Judge:
-        from rmr1.judge import Judge
-
-        return Judge(
-            self.model, style=self.template, max_new_tokens=self.max_new_tokens, seed=self.seed
-        )
-
     def _compare(self) -> int:
         from rmr1.judge import pair_of
         from rmr1.judgment_view import to_json
 
         pair = pair_of(self.prompt, self.answer_a, self.answer_b)
-        (found,) = self._judge().compare_all([pair], votes=self.votes, swap=self.swap)
+        (found,) = self.judge().compare_all([pair], votes=self.votes, swap=self.swap)
         told = to_json(found, pair)
         if self.json_output:
             print(json.dumps(told, ensure_ascii=False))
@@ -92,7 +82,7 @@ class JudgeOne(ModelVerb):
 
         answers = _texts(self.answers)
         found = rank(
-            self._judge(), self.prompt, answers, method=self.method, votes=self.votes,
+            self.judge(), self.prompt, answers, method=self.method, votes=self.votes,
             swap=self.swap, seed=self.seed,
         )  # fmt: skip
         told = found.to_json(answers)
@@ -105,7 +95,7 @@ class JudgeOne(ModelVerb):
     def _file(self) -> int:
         from rmr1.judge_file import judge_file
 
-        judge = self._judge()
+        judge = self.judge()
         with phase("Judge", 1, "comparisons") as bar:
             new = judge_file(
                 judge, self.input, self.output, votes=self.votes, swap=self.swap,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -10,7 +10,8 @@ from rmr1.prompts import Part, Prompt, PromptStyle, load_prompt
 from rmr1.verbs.arguments import Verb
 
 if TYPE_CHECKING:
-    from rmr1.answers import LocalModel
+    from rmr1.engine.launch import Launch
+    from rmr1.judge import Judge
 
 
 class ModelVerb(Verb):
@@ -27,24 +28,38 @@ class ModelVerb(Verb):
         None, ge=1, description="cap of a judgment; unset: 1024, or half the model's positions"
     )
     seed: int = Field(0, ge=0, description="of placements, tasks and draws")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of weights and compute; auto: bfloat16 on a GPU, else float32"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: a GPU if there is one"
+    )
 
     @property
     def template(self) -> Prompt:
         """The judge's prompt; ValueError where it has no such part."""
         return load_prompt(self.prompt_style, tuple(self.prompt_without))
 
-    def load(self, *, dtype: str = "float32", device: str = "cpu") -> tuple[LocalModel, int, int]:
-        """The model, the longest prompt and the longest judgment."""
-        from rmr1.answers import LocalModel
-        from rmr1.engine.generator import Generator
-        from rmr1.engine.weights import load_model
-        from rmr1.judge import prompt_room
-        from rmr1.models import load_tokenizer, resolve_model
+    def where(self, place: Launch | None = None) -> tuple[str, str]:
+        """(device, dtype) of the model, for rank `place` of a job."""
+        from rmr1.models import resolve_device
 
-        directory = resolve_model(self.model)
-        tokenizer = load_tokenizer(directory)
-        model = load_model(directory, dtype=dtype, device=device)
-        positions = model.config.max_position_embeddings
-        longest = self.max_new_tokens or min(1024, positions // 2)
-        room = prompt_room(positions, longest)
-        return LocalModel(Generator(model, tokenizer), tokenizer, room), room, longest
+        device = resolve_device(self.device, place)
+        if self.dtype != "auto":
+            return device, self.dtype
+        return device, "bfloat16" if device.startswith("cuda") else "float32"
+
+    def judge(self, place: Launch | None = None) -> Judge:
+        """The model as a judge, on the GPU of rank `place` of a job."""
+        from rmr1.judge import Judge
+        from rmr1.models import resolve_model
+
+        device, dtype = self.where(place)
+        return Judge(
+            resolve_model(self.model),
+            style=self.template,
+            dtype=dtype,
+            device=device,
+            max_new_tokens=self.max_new_tokens,
+            seed=self.seed,
+        )

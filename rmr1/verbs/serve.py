@@ -45,7 +45,6 @@ class Serve(ModelVerb):
                 f"serve needs packages that are not installed ({error.name}); run"
                 " `pip install 'rmr1[serve]'`"
             ) from None
-        from rmr1.judge import Judge
         from rmr1.models import resolve_model
 
         token = os.environ.get(self.token_variable, "")
@@ -56,9 +55,7 @@ class Serve(ModelVerb):
                 self.token_variable,
             )
         folder = resolve_model(self.model)
-        judge = Judge(
-            folder, style=self.template, max_new_tokens=self.max_new_tokens, seed=self.seed
-        )
+        judge = self.judge()
         limits = ServerLimits(token, self.max_body_bytes, self.max_open, self.timeout)
         config = uvicorn.Config(
             create_app(judge, self.name or folder.name, limits),
