@@ -10,13 +10,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rmr1.answers import Answers, LocalModel, Progress, Reply
 from rmr1.data import Kind, Label, Message, Pair, pair_from_row
 from rmr1.engine.generator import Generator, SamplingParams
 from rmr1.engine.weights import load_model
-from rmr1.models import load_tokenizer, resolve_model
+from rmr1.models import load_tokenizer, model_id, resolve_model
 from rmr1.prompts import Prompt, load_prompt
 from rmr1.verdict import parse_verdicts
 
@@ -189,6 +189,7 @@ class Judge:
         less; `max_prompt_tokens=None` takes what the positions leave beside the answer.
         """
         directory = resolve_model(model_dir)
+        self.name, self.dtype = model_id(directory), dtype
         self.tokenizer = load_tokenizer(directory)
         model = load_model(directory, dtype=dtype, device=device)
         self.prompt = load_prompt(style) if isinstance(style, str) else style
@@ -243,6 +244,20 @@ class Judge:
         )
         each = len(judgments) // max(1, len(pairs))
         return [vote(judgments[at : at + each]) for at in range(0, len(judgments), each or 1)]
+
+    def making(self, *, votes: int = 1, swap: bool = False) -> dict[str, Any]:
+        """What makes a judgment: other values may make another. The seed is that of votes."""
+        sampling = self.sampling(votes)
+        return {
+            "model": self.name,
+            "dtype": self.dtype,
+            "prompt_hash": self.prompt.hash,
+            "max_new_tokens": sampling.max_new_tokens,
+            "samples": sampling.n,
+            "temperature": sampling.temperature,
+            "seed": sampling.seed,
+            "swap": swap,
+        }
 
     def sampling(self, votes: int) -> SamplingParams:
         """Greedy for one vote, sampled for several."""

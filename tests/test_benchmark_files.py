@@ -165,7 +165,7 @@ def test_lost_shares_are_noticed(tmp_path: Path, dataset: Dataset) -> None:
 def test_two_runs_do_not_write_to_one_file(tmp_path: Path, dataset: Dataset) -> None:
     class Starts(Judge):
         def answer(self, *args: Any, **options: Any) -> Any:
-            with pytest.raises(ValueError, match=r"j\.jsonl: another run is writing to it"):
+            with pytest.raises(ValueError, match=r"j\.jsonl: another process is writing to it"):
                 run(dataset, tmp_path / "j.jsonl")
             return super().answer(*args, **options)
 

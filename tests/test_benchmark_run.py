@@ -30,12 +30,12 @@ from endpoint_server import serving
 from rmr1.endpoints.endpoint import EndpointConfig
 from rmr1.endpoints.remote_model import RemoteModel
 from rmr1.evals.benchmark_items import Dataset
-from rmr1.evals.benchmark_run import model_id
 from rmr1.evals.rewardbench_items import load_rewardbench
 from rmr1.evals.rm_bench_items import load_rm_bench
 from rmr1.evals.rmb_items import load_rmb
 from rmr1.evals.score import score_file
 from rmr1.judgment_log import repair_tail
+from rmr1.models import model_id
 from rmr1.prompts import load_prompt
 
 

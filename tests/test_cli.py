@@ -165,7 +165,7 @@ def test_an_unknown_verb(refused: Refused) -> None:
         ("eval pairs --model pocket --data x --both_orders", "always judges both orders"),
         ("eval rm-bench --model pocket --data x --temperature 1", "always greedy"),
         ("eval tasks", "required: --model"),
-        ("judge --model pocket --prompt x", "judge needs one of --answer_a and --answer_b"),
+        ("judge --model pocket --prompt x", "judge needs --answer_a and --answer_b, neither"),
         ("report", "required: RUN_DIR"),
         ("report nowhere", "nowhere"),
         ("bench --only nothing-of-this-name", "no benchmark matches 'nothing-of-this-name'"),
@@ -304,9 +304,9 @@ def test_bad_judgments(refused: Refused, tmp_path: Path, row: str, told: str) ->
 @pytest.mark.parametrize(
     ("prompt", "answer", "told"),
     [
-        ("x", "", "judge needs one of --answer_a and --answer_b"),
+        ("x", "", "judge needs --answer_a and --answer_b, neither"),
         ("x", " ", 'field "answer_a" must be a non-empty text'),
-        ("", "4", "judge needs --prompt with"),
+        ("", "4", "judge needs --prompt, or --input"),
         (" ", "4", "argument prompt must not be empty"),
         ("x", "\udcff", 'field "answer_a" holds half a surrogate pair'),  # a byte that is no UTF-8
     ],

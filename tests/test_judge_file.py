@@ -14,6 +14,7 @@ from rmr1.cli import main
 from rmr1.data import Message, Pair
 from rmr1.judge import Judge, pair_of
 from rmr1.judge_file import judge_file
+from rmr1.judgment_log import appending
 from rmr1.judgment_view import to_json, view
 from rmr1.models import POCKET
 from rmr1.tasks.catalog import draw_pairs
@@ -69,16 +70,68 @@ def test_a_file_goes_on_where_it_was_cut(
     whole = tmp_path / "whole.jsonl"
     told: list[tuple[int, int]] = []
     count = judge_file(judge, source, whole, progress=lambda done, all_: told.append((done, all_)))
-    assert count == 5
+    assert count == (5, 0)
     assert told == [(0, 5), (2, 5), (4, 5), (5, 5)]
     assert [row["id"] for row in read(whole)] == [row["id"] for row in comparisons(5)]
     cut = tmp_path / "cut.jsonl"
     cut.write_text("".join(whole.read_text().splitlines(keepends=True)[:3]) + '{"id": "tr')
-    assert judge_file(judge, source, cut) == 2
+    assert judge_file(judge, source, cut) == (2, 0)
     assert [row["verdict"] for row in read(cut)] == [row["verdict"] for row in read(whole)]
-    assert judge_file(judge, source, cut) == 0
+    assert judge_file(judge, source, cut) == (0, 0)
     with pytest.raises(ValueError, match="line 1: no judgment of row 1 of this input"):
         judge_file(judge, write(tmp_path / "other.jsonl", comparisons(7)[3:]), cut)
+
+
+def test_what_something_else_made_is_not_taken_over(judge: Judge, tmp_path: Path) -> None:
+    rows = comparisons(3)
+    source, output = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    judge_file(judge, source, output)
+    output.write_text("".join(output.read_text().splitlines(keepends=True)[:2]))
+    before = output.read_text()
+    with pytest.raises(ValueError, match="line 1: samples is 1, but this run has 3; give another"):
+        judge_file(judge, source, output, votes=3)
+    with pytest.raises(ValueError, match="swap is False, but this run has True"):
+        judge_file(judge, source, output, swap=True)
+    other = Judge(POCKET, style="rubric", max_new_tokens=160)
+    with pytest.raises(ValueError, match="prompt_hash is "):
+        judge_file(other, source, output)
+    edited = [rows[0], {**rows[1], "answer_a": "another text"}, rows[2]]
+    with pytest.raises(ValueError, match="line 2: content is "):
+        judge_file(judge, write(source, edited), output)
+    with appending(output), pytest.raises(ValueError, match="another process is writing"):
+        judge_file(judge, source, output)
+    assert output.read_text() == before
+    assert read(output)[0]["model"].startswith("pocket@")
+
+
+def test_a_row_that_is_too_long_does_not_hold_up_the_others(judge: Judge, tmp_path: Path) -> None:
+    rows = comparisons(4)
+    rows[2]["answer_b"] = "word " * 3000
+    output = tmp_path / "out.jsonl"
+    assert judge_file(judge, write(tmp_path / "in.jsonl", rows), output) == (4, 1)
+    found = read(output)
+    assert [row.get("skipped", "") for row in found] == ["", "", "prompt_too_long", ""]
+    assert found[2]["verdict"] is None
+    assert all(found[number]["text"] for number in (0, 1, 3))
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (
+            ["--output", "x.jsonl", "--prompt", "p", "--answer_a", "1", "--answer_b", "2"],
+            "--json >",
+        ),
+        (["--prompt", "p", "--answers", "x.json", "--answer_b", "2"], "not both"),
+        (["--input", "i", "--output", "o", "--json"], "drop --json"),
+        (["--prompt", "p", "--answer_a", "", "--answer_b", "2"], "neither of them empty"),
+    ],
+)
+def test_an_argument_that_would_do_nothing_is_refused(
+    args: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["judge", "--model", "pocket", *args]) == 2
+    assert told in capsys.readouterr().err
 
 
 def test_pairs_and_conversations_are_comparisons_too(judge: Judge, tmp_path: Path) -> None:
@@ -176,8 +229,8 @@ def test_what_a_person_sees(
 @pytest.mark.parametrize(
     ("args", "told"),
     [
-        ([], "needs one of --answer_a and --answer_b, --answers, or --input"),
-        (["--prompt", "x", "--answer_a", "a"], "needs --prompt with --answer_a and --answer_b"),
+        ([], "judge needs --prompt, or --input and --output"),
+        (["--prompt", "x", "--answer_a", "a"], "judge needs --answer_a and --answer_b, neither"),
         (["--answer_a", "a", "--answer_b", "b"], "needs --prompt"),
         (["--input", "x.jsonl"], "needs --output"),
         (["--input", "x.jsonl", "--output", "y", "--prompt", "p"], "no prompt or answers beside"),

@@ -22,9 +22,9 @@ from endpoint_server import Reply, Request, Server, serving
 
 from rmr1.cli import main
 from rmr1.data import Message, Pair, read_pairs, write_pairs
+from rmr1.judgment_log import appending
 from rmr1.models import POCKET
 from rmr1.traces.check import correction, fault_of
-from rmr1.traces.log import opened
 from rmr1.traces.trace import TraceConfig, TraceReport, trace
 
 KEY = "sk-secret-0123456789"
@@ -548,7 +548,7 @@ def test_traces_are_not_replaced_by_nothing(run: Traces, monkeypatch: pytest.Mon
 def test_two_processes_do_not_share_a_log(run: Traces) -> None:
     with serving(lambda request, _: right(request)) as server:
         config = run.config(server)
-        with opened(config.log), pytest.raises(ValueError, match="another process is at work"):
+        with appending(config.log), pytest.raises(ValueError, match="another process is writing"):
             trace(config)
         assert server.requests == []
 

@@ -10,7 +10,6 @@ small file `out.rankR.alive`, written anew every few seconds, shows the first ra
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -18,13 +17,13 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from rmr1.engine.launch import Launch
-from rmr1.judgment_log import repair_tail
+from rmr1.judgment_log import appending
 
 BEAT = 5.0  # seconds between two signs of life
 SILENCE = 300.0  # seconds without one after which a rank counts as gone, or as never started
@@ -63,21 +62,9 @@ class JudgmentFiles:
             for number, row in _rows_so_far(path):
                 yield path, number, row
 
-    @contextmanager
-    def appending(self) -> Iterator[TextIO]:
+    def appending(self) -> AbstractContextManager[TextIO]:
         """This process's file, mended, for it alone. ValueError when another run has it open."""
-        self.own.parent.mkdir(parents=True, exist_ok=True)
-        with self.own.open("a", encoding="utf-8") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(
-                    f"{self.own}: another run is writing to it; wait for it, or give another output"
-                ) from None
-            except OSError:  # a file system without locks
-                pass
-            repair_tail(self.own)
-            yield stream
+        return appending(self.own)
 
     def merge(
         self, key: Callable[[Mapping[str, Any]], tuple[str, ...]], order: Sequence[tuple[str, ...]]

@@ -8,7 +8,6 @@ sampled.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +29,9 @@ from rmr1.prompts import Prompt
 class Making:
     """What makes a judgment. All of it stands in every row; rows that differ are not mixed.
 
-    `model` names the judge (see `model_id`). `votes` samples are drawn at `temperature` and the
-    majority counts, equal numbers being a tie; one vote is greedy. `seed` is that of placements
-    and draws.
+    `model` names the judge (see `rmr1.models.model_id`). `votes` samples are drawn at `temperature`
+    and the majority counts, equal numbers being a tie; one vote is greedy. `seed` is that of
+    placements and draws.
     """
 
     model: str
@@ -97,29 +96,6 @@ class BenchmarkRun:
             "missing_from_data": list(self.dataset.missing),
             "repeated_ids": self.dataset.repeated_ids,
         }
-
-
-def model_id(directory: str | Path) -> str:
-    """A name for a model's very weights: the folder's name and twelve hex digits.
-
-    The digits are a SHA-256 over config and tokenizer files and, of each weight file, its name,
-    size, first and last megabyte: quick on any size, and another checkpoint in the same folder
-    gets another name.
-    """
-    folder = Path(directory)
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; give a model directory")
-    hashed = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix not in (".json", ".safetensors", ".jinja") or not path.is_file():
-            continue
-        size = path.stat().st_size
-        hashed.update(f"{path.name}\0{size}\0".encode())
-        with path.open("rb") as stream:
-            hashed.update(stream.read(1 << 20))
-            stream.seek(max(0, size - (1 << 20)))
-            hashed.update(stream.read())
-    return f"{folder.resolve().name}@{hashed.hexdigest()[:12]}"
 
 
 def run_benchmark(

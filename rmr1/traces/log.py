@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from rmr1.data import Pair, read_rows
-from rmr1.judgment_log import repair_tail
 from rmr1.traces.check import Pass
 
 REFUSED = "refused by the server"
@@ -71,32 +67,10 @@ class Traced:
         return dict(Counter(last).most_common())
 
 
-def content_of(pair: Pair) -> str:
-    """A hash of all that a trace depends on: a rebuilt file may give an id to another pair."""
-    told = repr([pair.conversation, pair.answer_a, pair.answer_b, pair.label])
-    return hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
-@contextmanager
-def opened(log: Path) -> Iterator[TextIO]:
-    """The log, to append to; ValueError where another process has it."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"{log}: another process is at work on it; wait for it, or give another output"
-            ) from None
-        if log.stat().st_size:
-            repair_tail(log)
-        yield stream
-
-
 def resumed(
     log: Path, contents: Mapping[str, str], settings: Mapping[Pass, Mapping[str, Any]]
 ) -> Traced:
-    """What earlier runs have got. `contents`: of each pair's id, `content_of` it.
+    """What earlier runs have got. `contents`: of each pair's id, `judgment_log.content_of`.
 
     Lines about other pairs count by their cost only. ValueError where a line about one of these was
     asked for with other settings, or about another text.

@@ -25,12 +25,12 @@ from rmr1.data import Pair, read_pairs, write_pairs
 from rmr1.endpoints.budget import Budget, OverBudget
 from rmr1.endpoints.endpoint import Endpoint, EndpointConfig, NotSent, Refused, RequestFailed
 from rmr1.engine.sampling import SamplingParams
-from rmr1.judgment_log import append
+from rmr1.judgment_log import append, appending, content_of
 from rmr1.prompts import Part, Prompt, PromptStyle, load_prompt
 from rmr1.section import Section
 from rmr1.stop_request import StopRequest
 from rmr1.traces.check import Pass, correction, fault_of
-from rmr1.traces.log import REFUSED, Traced, content_of, opened, resumed
+from rmr1.traces.log import REFUSED, Traced, resumed
 
 OnAnswer = Callable[[int, int, dict[str, float]], None]  # (pairs done, pairs in all, figures)
 
@@ -157,7 +157,7 @@ def trace(config: TraceConfig, *, on_answer: OnAnswer | None = None) -> TraceRep
     work = _Work(config, pairs, on_answer)
     words = "Stopping when the answers that are asked for have come"
     finished = False
-    with opened(config.log) as stream, StopRequest(words) as stop:
+    with appending(config.log) as stream, StopRequest(words) as stop:
         work.begin(stop)
         try:
             asyncio.run(work.all(stream))

@@ -129,13 +129,9 @@ class Eval(ModelVerb):
 
             name = f"{self.endpoint.model}@{self.endpoint.base_url}"
             return _Asked(RemoteModel(self.endpoint), name, None, self.max_new_tokens or 1024, "")
-        from rmr1.evals.benchmark_run import model_id
-        from rmr1.models import resolve_model
-
         judge = self.judge(place)
-        name = model_id(resolve_model(self.model))
         longest, room = judge.greedy.max_new_tokens, judge.model.max_prompt_tokens
-        return _Asked(judge.model, name, room, longest, self.where(place)[1])
+        return _Asked(judge.model, judge.name, room, longest, judge.dtype)
 
     def _benchmark(self, name: Benchmark) -> int:
         from rmr1.evals.benchmark_run import Making, run_benchmark

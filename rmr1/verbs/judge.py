@@ -51,26 +51,37 @@ class JudgeOne(ModelVerb):
 
     def run(self) -> int:
         """Judge and print."""
-        compared = [self.prompt, self.answer_a, self.answer_b]
-        if bool(self.input) + bool(self.answers) + bool(self.answer_a) != 1:
-            raise ValueError(
-                "judge needs one of --answer_a and --answer_b, --answers, or --input and --output"
-            )
+        self._refuse_what_makes_no_sense()
         if self.input:
-            if not self.output or any(compared):
-                raise ValueError("judge --input needs --output, and no prompt or answers beside it")
             return self._file()
-        if not self.prompt or not (self.answers or self.answer_b):
-            raise ValueError("judge needs --prompt with --answer_a and --answer_b, or --answers")
         return self._rank() if self.answers else self._compare()
+
+    def _refuse_what_makes_no_sense(self) -> None:
+        one = bool(self.prompt or self.answer_a or self.answer_b)
+        if self.input:
+            if not self.output or one or self.answers:
+                raise ValueError("judge --input needs --output, and no prompt or answers beside it")
+            if self.json_output or self.whole:
+                raise ValueError("judge --input writes JSONL and prints none; drop --json, --whole")
+            return
+        if self.output:
+            raise ValueError("judge writes --output for --input only; use --json > FILE")
+        if not self.prompt:
+            raise ValueError("judge needs --prompt, or --input and --output")
+        if self.answers:
+            if self.answer_a or self.answer_b:
+                raise ValueError("judge takes --answers, or --answer_a and --answer_b, not both")
+        elif not (self.answer_a and self.answer_b):
+            raise ValueError("judge needs --answer_a and --answer_b, neither of them empty")
 
     def _compare(self) -> int:
         from rmr1.judge import pair_of
         from rmr1.judgment_view import to_json
 
         pair = pair_of(self.prompt, self.answer_a, self.answer_b)
-        (found,) = self.judge().compare_all([pair], votes=self.votes, swap=self.swap)
-        told = to_json(found, pair)
+        judge = self.judge()
+        (found,) = judge.compare_all([pair], votes=self.votes, swap=self.swap)
+        told = to_json(found, pair) | judge.making(votes=self.votes, swap=self.swap)
         if self.json_output:
             print(json.dumps(told, ensure_ascii=False))
         else:
@@ -81,11 +92,12 @@ class JudgeOne(ModelVerb):
         from rmr1.best_of_n import rank
 
         answers = _texts(self.answers)
+        judge = self.judge()
         found = rank(
-            self.judge(), self.prompt, answers, method=self.method, votes=self.votes,
+            judge, self.prompt, answers, method=self.method, votes=self.votes,
             swap=self.swap, seed=self.seed,
         )  # fmt: skip
-        told = found.to_json(answers)
+        told = found.to_json(answers) | judge.making(votes=self.votes, swap=self.swap)
         if self.json_output:
             print(json.dumps(told, ensure_ascii=False))
         else:
@@ -97,11 +109,12 @@ class JudgeOne(ModelVerb):
 
         judge = self.judge()
         with phase("Judge", 1, "comparisons") as bar:
-            new = judge_file(
+            new, skipped = judge_file(
                 judge, self.input, self.output, votes=self.votes, swap=self.swap,
                 progress=bar.count,
             )  # fmt: skip
-        Console(stderr=True).print(f"{new} judged, {self.output}", highlight=False)
+        words = f", {skipped} of them too long for the model and skipped" if skipped else ""
+        Console(stderr=True).print(f"{new} judged{words}, {self.output}", highlight=False)
         return 0
 
 
