@@ -163,6 +163,21 @@ def test_the_cache_is_what_a_generator_makes(tiny_model: Any, dtype: str) -> Non
     assert few.phases["rollout"]["KV cache"] == 7 * generator.plan.token_bytes
 
 
+def test_the_peak_is_of_this_process_and_not_of_who_started_it() -> None:
+    child = (
+        "import torch; from rmr1.engine.memory_plan import peak_memory;"
+        "print(peak_memory(torch.device('cpu')))"
+    )
+    parent = (
+        "import subprocess, sys; held = b'x' * 1_500_000_000;"
+        f"subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", parent], capture_output=True, text=True, check=True
+    )
+    assert 5e7 < int(done.stdout) < 1e9
+
+
 MEASURE = """
 import dataclasses, json, sys, torch
 from rmr1.distill import nll
