@@ -252,6 +252,17 @@ def test_placement_is_balanced_in_every_cell(seed: int, size: int) -> None:
     assert {one.count("A") for one in placed.values()} <= {size // 2, -(-size // 2)}
 
 
+@pytest.mark.parametrize("limit", [1, 5, 10, 20])
+@pytest.mark.parametrize("size", [1, 9])
+def test_a_part_of_the_items_is_as_balanced(size: int, limit: int) -> None:
+    """A judge that always says A must get no more from the first items than from all."""
+    for seed in range(4):
+        placed = labels(dataset(40, size), seed, limit=limit)
+        for cell in range(size):
+            said = sum(one[cell] == "A" for one in placed.values())
+            assert said in (limit // 2, -(-limit // 2))
+
+
 def test_placement_depends_on_seed_and_ids_alone() -> None:
     data = dataset(40)
     by_seed = {seed: labels(data, seed) for seed in range(6)}
@@ -259,7 +270,9 @@ def test_placement_depends_on_seed_and_ids_alone() -> None:
         assert mine == labels(data, seed)
         backwards = Dataset("rmb", data.items[::-1])
         assert mine == labels(backwards, seed)
-        assert labels(data, seed, limit=7) == {str(n): mine[str(n)] for n in range(7)}
+        few, more = labels(data, seed, limit=7), labels(data, seed, limit=20)
+        assert few.items() <= more.items() <= mine.items()
+        assert (len(few), len(more)) == (7, 20)
         both = labels(data, seed, both_orders=True)
         assert {name: one[::2] for name, one in both.items()} == mine
         for other in range(seed):

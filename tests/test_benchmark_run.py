@@ -30,6 +30,7 @@ from endpoint_server import serving
 from rmr1.endpoints.endpoint import EndpointConfig
 from rmr1.endpoints.remote_model import RemoteModel
 from rmr1.evals.benchmark_items import Dataset
+from rmr1.evals.paper_results import differences
 from rmr1.evals.rewardbench_items import load_rewardbench
 from rmr1.evals.rm_bench_items import load_rm_bench
 from rmr1.evals.rmb_items import load_rmb
@@ -297,6 +298,20 @@ def test_one_vote_is_greedy_and_bad_votes_are_refused(tmp_path: Path) -> None:
         making(votes=3, temperature=0.0)
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         run(rewardbench(tmp_path), tmp_path / "k.jsonl", batch_size=0)
+
+
+def test_a_temperature_that_is_not_sent_is_not_claimed(tmp_path: Path) -> None:
+    with serving(lambda *_: ServerReply(verdict("A"))) as server:
+        config = EndpointConfig(
+            model="m", base_url=server.url, key_variable="", send_sampling=False
+        )
+        made = making(temperature=None)
+        done = run(rewardbench(tmp_path), tmp_path / "j.jsonl", RemoteModel(config), made)
+        assert all("temperature" not in one for one in server.requests)
+        assert {row["temperature"] for row in rows_of(done.output)} == {None}
+        assert any("No temperature was sent" in one for one in differences(done.score))
+        with pytest.raises(ValueError, match=r'field "temperature" is None, but this run has 0\.0'):
+            run(rewardbench(tmp_path), tmp_path / "j.jsonl", RemoteModel(config))
 
 
 def test_an_endpoint_that_fails_loses_nothing(tmp_path: Path) -> None:

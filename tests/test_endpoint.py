@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
 from typing import Any
 
@@ -51,8 +50,9 @@ def ask(settings: EndpointConfig) -> Answer:
     ],
 )
 def test_what_is_said_of_a_request_that_failed(bad: Reply, said: str) -> None:
+    timeout = 0.5 if "within" in said else 30.0
     with serving(lambda *_: bad) as server, pytest.raises(RequestFailed, match=said):
-        ask(config(server.url, timeout=0.5))
+        ask(config(server.url, timeout=timeout))
 
 
 def test_an_answer_that_drips_is_not_waited_for_longer() -> None:
@@ -101,9 +101,8 @@ def test_repeated_requests_keep_the_pace_and_the_pauses_that_are_asked_for() -> 
 
     with serving(answer) as server:
         ask(config(server.url, retries=5, requests_per_minute=600))
-    apart = [later - sooner for sooner, later in itertools.pairwise(moments)]
     assert len(moments) == 4
-    assert min(apart) > 0.08  # 0.1 s by the pace, though the server asks for less
+    assert moments[-1] - moments[0] > 0.27  # 0.1 s each, though the server asks for less
 
 
 def test_no_key_gets_into_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +119,7 @@ def test_no_key_gets_into_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="A_KEY holds no key") as refused:
         ask(config("http://127.0.0.1:9/v1", key_variable="A_KEY"))
     assert KEY[:6] not in str(refused.value)
-    with pytest.raises(ValueError, match="no password"):
+    with pytest.raises(ValueError, match="base_url must hold no password"):
         config("http://user:password@localhost/v1")
 
 
@@ -138,13 +137,13 @@ def test_a_judge_passes_over_any_number_of_refused_prompts() -> None:
     """RM-Bench asks 18 times about one prompt, which may be too long."""
 
     def answer(request: Any, _: int) -> Reply:
-        if request["messages"][0]["content"] == "long":
+        if request["messages"][0]["content"] == "long " * 9:
             return Reply(status=400, body={"error": {"message": "too long"}})
         return Reply("x")
 
     with serving(answer) as server:
         judge = RemoteModel(config(server.url))
-        said = ["short", *["long"] * 40, "short"]
+        said = ["short", *["long " * 9] * 40, "short"]
         chats: Any = [[{"role": "user", "content": one}] for one in said]
         found = judge.answer(chats, SamplingParams())
         assert sum(bool(one[0].skipped) for one in found) == 40
@@ -153,3 +152,22 @@ def test_a_judge_passes_over_any_number_of_refused_prompts() -> None:
         with pytest.raises(CutShort, match="refused all 5 prompts") as cut:
             RemoteModel(config(server.url)).answer(chats[1:6], SamplingParams())
     assert cut.value.replies == [None] * 5
+
+
+def test_refusals_that_length_does_not_explain_end_it() -> None:
+    """A quota that is exhausted comes as HTTP 400 from some proxies: no reason to skip the rest."""
+
+    def answer(_: Any, number: int) -> Reply:
+        if number < 20:
+            return Reply("x")
+        return Reply(status=400, body={"error": {"message": "quota of project exhausted"}})
+
+    with serving(answer) as server:
+        judge = RemoteModel(config(server.url, concurrency=4))
+        chats: Any = [[{"role": "user", "content": f"{number:03}"}] for number in range(80)]
+        with pytest.raises(CutShort, match=r"30 requests in a row failed, .*quota") as cut:
+            judge.answer(chats, SamplingParams())
+    kept = [one for one in cut.value.replies if one is not None]
+    assert len(kept) == 20
+    assert not any(one[0].skipped for one in kept)
+    assert len(server.requests) < 60

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 # So many requests in a row that came to nothing mean that the endpoint is down.
 FAILURES_IN_A_ROW = 10
-# A server that has refused so many prompts and answered none refuses how it is asked. (Benchmarks
-# ask 18 times about one prompt.)
-REFUSALS_AT_FIRST = 30
+# So many prompts in a row, refused though longer ones were answered, or though none was: then it is
+# how they are asked, or who asks. (Benchmarks ask 18 times about one prompt.)
+REFUSALS_IN_A_ROW = 30
 LONGEST_PAUSE = 60.0  # seconds
 
 
@@ -65,14 +65,16 @@ class EndpointConfig(Section):
     @classmethod
     def _holds_no_secret(cls, value: str) -> str:
         if "@" in urlsplit(value).netloc:
-            raise ValueError("must hold no password, as it is shown; use key_variable")
+            raise ValueError("base_url must hold no password, as it is shown; use key_variable")
         return value
 
 
 class RequestFailed(Exception):
     """One request came to nothing; others may not. `cost` is what was paid all the same."""
 
-    cost = 0.0
+    def __init__(self, why: str, *, cost: float = 0.0) -> None:
+        super().__init__(why)
+        self.cost = cost
 
 
 class Refused(RequestFailed):
@@ -91,11 +93,25 @@ class Answer:
     cost: float
 
 
+@dataclass(slots=True)
+class Past:
+    """What a server has shown of itself.
+
+    `failed` and `refused` count those in a row, `refused` only where length is no reason;
+    `longest` is the size of the longest chat that it answered.
+    """
+
+    answered: int = 0
+    longest: int = 0
+    failed: int = 0
+    refused: int = 0
+
+
 class Endpoint:
     """A connection to an endpoint; an async context manager.
 
-    `ending` is asked before each request is sent; once it says so, none is begun. `answered` counts
-    the answers.
+    `ending` is asked before each request is sent; once it says so, none is begun. `past` is what
+    the server has shown of itself; connections to one server may share it.
 
     Raises:
         ValueError: there is no model, no key, or no `openai` package.
@@ -106,14 +122,15 @@ class Endpoint:
         config: EndpointConfig,
         budget: Budget | None = None,
         ending: Callable[[], bool] = lambda: False,
+        past: Past | None = None,
     ) -> None:
         if not config.model:
             raise ValueError("the endpoint's model is missing; name the one that it serves")
         self.config, self.budget, self.ending = config, budget or Budget(), ending
-        self.answered = 0
+        self.past = past or Past()
         self._key = _key(config.key_variable)
         self._slots = asyncio.Semaphore(config.concurrency)
-        self._next, self._failures, self._refusals = 0.0, 0, 0
+        self._next = 0.0
         self._client = _client(config, self._key)
 
     async def __aenter__(self) -> Endpoint:
@@ -137,21 +154,23 @@ class Endpoint:
             NotSent: it was not sent, as the work is ending.
             ValueError: no request can succeed: a wrong key, an unknown model, nobody there.
         """
+        past, size = self.past, _size(chat)
         async with self._slots:
             try:
                 answer = await self._insist(chat, sampling)
             except Refused as error:
-                self._refusals += 1
-                if not self.answered and self._refusals >= REFUSALS_AT_FIRST:
-                    raise self._hopeless(self._refusals, error) from None
+                past.refused += size <= past.longest or not past.answered
+                if past.refused >= REFUSALS_IN_A_ROW:
+                    raise self._hopeless(past.refused, error) from None
                 raise
             except RequestFailed as error:
-                self._failures += 1
-                if self._failures >= FAILURES_IN_A_ROW:
-                    raise self._hopeless(self._failures, error) from None
+                past.failed += 1
+                if past.failed >= FAILURES_IN_A_ROW:
+                    raise self._hopeless(past.failed, error) from None
                 raise
-            self.answered += 1
-            self._failures = 0
+            past.answered += 1
+            past.longest = max(past.longest, size)
+            past.failed = past.refused = 0
             return answer
 
     def _hopeless(self, count: int, error: RequestFailed) -> ValueError:
@@ -162,9 +181,7 @@ class Endpoint:
 
     async def _insist(self, chat: Sequence[Message], sampling: SamplingParams) -> Answer:
         """Try until there is an answer, or no use in it."""
-        # A token has at least one byte, and a template adds a few around each turn.
-        size = sum(len(turn["content"].encode()) + 16 for turn in chat)
-        worst = self._cost(size, sampling.max_new_tokens)
+        worst = self._cost(_size(chat), sampling.max_new_tokens)
         paid = 0.0
         for attempt in itertools.count():
             try:
@@ -207,7 +224,8 @@ class Endpoint:
             try:
                 return read_completion(made), cost
             except ValueError as error:
-                raise _failed(f"an answer that is no chat completion ({error})", cost) from None
+                why = f"an answer that is no chat completion ({error})"
+                raise RequestFailed(why, cost=cost) from None
         finally:
             await self.budget.settle(worst, cost)
 
@@ -252,7 +270,7 @@ class Endpoint:
         config, status = self.config, error.status_code
         told = self._hidden(str(error.message))
         # Once the key has opened, a 403 is about the prompt: some moderate with it.
-        if status == 401 or (status == 403 and not self.answered):
+        if status == 401 or (status == 403 and not self.past.answered):
             key = f"the key in {config.key_variable}" if config.key_variable else "a missing key"
             return ValueError(
                 f"{config.base_url} refuses {key} (HTTP {status}, {told}); give one it takes"
@@ -278,14 +296,13 @@ class _Passing(RequestFailed):
     """An attempt that failed for a reason that may pass; `pause` in seconds, 0: as we like."""
 
     def __init__(self, why: str, *, pause: float = 0.0, cost: float = 0.0) -> None:
-        super().__init__(why)
-        self.pause, self.cost = pause, cost
+        super().__init__(why, cost=cost)
+        self.pause = pause
 
 
-def _failed(why: str, cost: float) -> RequestFailed:
-    error = RequestFailed(why)
-    error.cost = cost
-    return error
+def _size(chat: Sequence[Message]) -> int:
+    """The most tokens that a chat can have: each has a byte, and a template adds a few a turn."""
+    return sum(len(turn["content"].encode()) + 16 for turn in chat)
 
 
 def _jitter() -> float:

@@ -10,7 +10,14 @@ from dataclasses import dataclass, field
 
 from rmr1.answers import CutShort, Progress, Reply
 from rmr1.data import Message
-from rmr1.endpoints.endpoint import Endpoint, EndpointConfig, NotSent, Refused, RequestFailed
+from rmr1.endpoints.endpoint import (
+    Endpoint,
+    EndpointConfig,
+    NotSent,
+    Past,
+    Refused,
+    RequestFailed,
+)
 from rmr1.engine.sampling import SamplingParams
 from rmr1.stop_request import StopRequest
 
@@ -25,7 +32,7 @@ class RemoteModel:
     """
 
     config: EndpointConfig
-    _answered: int = field(default=0, init=False)
+    _past: Past = field(default_factory=Past, init=False)
 
     def answer(
         self,
@@ -60,10 +67,12 @@ class RemoteModel:
             except Refused as error:
                 replies[row] = Reply(skipped=f"refused: {error}")
             except RequestFailed as error:
-                failure = f"{self.config.base_url}: {error}; run the same again to go on"
+                failure = failure or (
+                    f"{self.config.base_url}: {error}; run the same again to go on"
+                )
                 return
             except ValueError as error:  # no request can succeed
-                failure = str(error)
+                failure = failure or str(error)
                 return
             done += 1
             if progress is not None:
@@ -74,10 +83,8 @@ class RemoteModel:
 
         if progress is not None:
             progress(0, total)
-        async with Endpoint(self.config, ending=ending) as endpoint:
-            endpoint.answered = self._answered
+        async with Endpoint(self.config, ending=ending, past=self._past) as endpoint:
             await asyncio.gather(*(one(row) for row in range(total)))
-            self._answered = endpoint.answered
         return self._whole(replies, sampling.n, failure, interrupted=stop.requested)
 
     def _whole(
@@ -85,9 +92,9 @@ class RemoteModel:
     ) -> list[list[Reply]]:
         """The replies by chat; CutShort where some are missing, or no more are wanted."""
         refused = [reply.skipped for reply in replies if reply and reply.skipped]
-        if refused and not self._answered:
-            # Not one was answered: it is how they are asked. Kept, they would never be asked again.
-            replies = [None] * len(replies)
+        if refused and (failure or not self._past.answered):
+            # It may be how all are asked. Kept, these would never be asked again.
+            replies = [None if reply and reply.skipped else reply for reply in replies]
             failure = failure or (
                 f"{self.config.base_url} refused all {len(refused)} prompts, the last with"
                 f" {refused[-1].removeprefix('refused: ')}; see the endpoint's settings"

@@ -113,16 +113,21 @@ def plan(
 ) -> list[list[Showing]]:
     """The judgments of each item, with their placements: one a pair, or two with both orders.
 
-    `limit` takes the first so many items of each part.
+    `limit` takes so many items of each part, drawn with the seed: a larger one adds to a smaller
+    one, and each is as balanced as the whole.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 item of each part, got {limit}")
-    placed = _placements(dataset.items, seed)
-    taken: dict[str, int] = defaultdict(int)
+    draws = [Random(f"{seed}/{item.part}/{item.id}") for item in dataset.items]
+    ranks = [draw.random() for draw in draws]
+    placed = _placements(dataset.items, draws, ranks)
+    parts: dict[str, list[int]] = defaultdict(list)
+    for index in sorted(range(len(ranks)), key=ranks.__getitem__):
+        parts[dataset.items[index].part].append(index)
+    taken = {index for members in parts.values() for index in members[:limit]}
     planned = []
-    for item, pattern in zip(dataset.items, placed, strict=True):
-        taken[item.part] += 1
-        if limit is not None and taken[item.part] > limit:
+    for index, (item, pattern) in enumerate(zip(dataset.items, placed, strict=True)):
+        if index not in taken:
             continue
         showings = []
         for contest, chosen_first in zip(item.contests, pattern, strict=True):
@@ -133,13 +138,16 @@ def plan(
     return planned
 
 
-def _placements(items: Sequence[Item], seed: int) -> list[list[bool]]:
-    """For each item, of each of its pairs, whether the better answer is shown first."""
+def _placements(
+    items: Sequence[Item], draws: Sequence[Random], ranks: Sequence[float]
+) -> list[list[bool]]:
+    """For each item, of each of its pairs, whether the better answer is shown first.
+
+    In the order of `ranks` every second item of a part is the opposite of the one before.
+    """
     alike: dict[tuple[str, int], list[int]] = defaultdict(list)
     for index, item in enumerate(items):
         alike[item.part, len(item.contests)].append(index)
-    draws = [Random(f"{seed}/{item.part}/{item.id}") for item in items]
-    ranks = [draw.random() for draw in draws]
     placed: list[list[bool]] = [[] for _ in items]
     for (_, size), members in alike.items():
         pattern: list[bool] = []

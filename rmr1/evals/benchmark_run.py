@@ -31,14 +31,14 @@ class Making:
 
     `model` names the judge (see `rmr1.models.model_id`). `votes` samples are drawn at `temperature`
     and the majority counts, equal numbers being a tie; one vote is greedy. `seed` is that of
-    placements and draws.
+    placements and draws. `temperature=None`: the server's own, of which nothing is known.
     """
 
     model: str
     prompt: Prompt
     seed: int = 0
     votes: int = 1
-    temperature: float = 1.0
+    temperature: float | None = 1.0
     max_new_tokens: int = 1024
     max_prompt_tokens: int | None = None
     dtype: str = ""
@@ -46,8 +46,13 @@ class Making:
     def __post_init__(self) -> None:
         if self.votes < 1:
             raise ValueError(f"votes must be at least 1, got {self.votes}")
-        if self.votes > 1 and not self.temperature:
+        if self.votes > 1 and self.temperature == 0:
             raise ValueError("several votes at temperature 0 are all the same; raise it")
+
+    @property
+    def drawn_at(self) -> float | None:
+        """The temperature of a judgment."""
+        return self.temperature if self.votes > 1 or self.temperature is None else 0.0
 
     def fields(self) -> dict[str, Any]:
         """What a row says about its making."""
@@ -56,7 +61,7 @@ class Making:
             "prompt_hash": self.prompt.hash,
             "seed": self.seed,
             "votes": self.votes,
-            "temperature": self.temperature if self.votes > 1 else 0.0,
+            "temperature": self.drawn_at,
             "max_new_tokens": self.max_new_tokens,
             "max_prompt_tokens": self.max_prompt_tokens,
             "dtype": self.dtype,
@@ -67,7 +72,7 @@ class Making:
         drawn = int(digest(f"{self.seed}/{batch[0].key}")[:8], 16)
         return SamplingParams(
             n=self.votes,
-            temperature=self.temperature if self.votes > 1 else 0.0,
+            temperature=self.drawn_at or 0.0,
             max_new_tokens=self.max_new_tokens,
             seed=drawn,
         )
@@ -113,7 +118,7 @@ def run_benchmark(
 ) -> BenchmarkRun | None:
     """Judge a benchmark; judgments that `output` holds are not made again.
 
-    `limit` takes the first so many items of each part; `both_orders` judges each pair twice. As
+    `limit` takes so many items of each part (see `plan`); `both_orders` judges each pair twice. As
     rank `place` of a job this process judges its share of the items; the first rank waits for the
     others and scores, the others return None. `progress` counts judgments of the share, those
     found included. `unparsed` is what a judgment earns that names neither answer (score.py).

@@ -91,6 +91,11 @@ def differences(report: Mapping[str, Any]) -> list[str]:
             f" the published figures are of one order.{lists}"
         )
     votes = made.get("votes", 1)
+    if "temperature" in made and made["temperature"] is None:
+        found.append(
+            "No temperature was sent: judgments are drawn at the server's own, which is seldom 0;"
+            " the published figures are of one greedy judgment."
+        )
     if votes != 1:
         found.append(
             f"{votes} votes a judgment at temperature {made.get('temperature')}, equal numbers"

@@ -266,7 +266,7 @@ class _Work:
         try:
             answer = await endpoint.chat(chat, config.sampling(step))
         except Refused as error:
-            if not endpoint.answered:  # it may be how all of them are asked
+            if not endpoint.past.answered:  # it may be how all of them are asked
                 raise
             self._keep(stream, pair, step, Reply(), error.cost, fault=f"{REFUSED}: {error}")
             return

@@ -71,7 +71,9 @@ class Eval(ModelVerb):
     data: str = Field(
         "", description="JSONL of pairs; of a benchmark: file, folder, or hub NAME/DATA[:SPLIT]"
     )
-    limit: int | None = Field(None, ge=1, description="pairs, or items of each part of a benchmark")
+    limit: int | None = Field(
+        None, ge=1, description="pairs, or items of each part of a benchmark, drawn with the seed"
+    )
     votes: int = Field(
         1, ge=1, description="samples a judgment of a benchmark, whose majority counts; 1: greedy"
     )
@@ -118,6 +120,8 @@ class Eval(ModelVerb):
         if not self.data:
             raise ValueError(f"eval {name} needs --data, {_WANTED[name]}")
         credit_unparsed(cast("Benchmark", name), self.unparsed)
+        if self.temperature is not None and not self.endpoint.send_sampling:
+            raise ValueError("endpoint.send_sampling is false; drop --temperature")
         if self.temperature is not None and self.votes == 1:
             raise ValueError(
                 f"eval {name} is always greedy with one vote; drop --temperature, or give --votes"
@@ -132,6 +136,12 @@ class Eval(ModelVerb):
         judge = self.judge(place)
         longest, room = judge.greedy.max_new_tokens, judge.model.max_prompt_tokens
         return _Asked(judge.model, judge.name, room, longest, judge.dtype)
+
+    def _drawn_at(self) -> float | None:
+        """Temperature of several votes; None: that of a server which is sent none."""
+        if self.endpoint.model and not self.endpoint.send_sampling:
+            return None
+        return 1.0 if self.temperature is None else self.temperature
 
     def _benchmark(self, name: Benchmark) -> int:
         from rmr1.evals.benchmark_run import Making, run_benchmark
@@ -150,7 +160,7 @@ class Eval(ModelVerb):
                     prompt=self.template,
                     seed=self.seed,
                     votes=self.votes,
-                    temperature=1.0 if self.temperature is None else self.temperature,
+                    temperature=self._drawn_at(),
                     max_new_tokens=asked.longest,
                     max_prompt_tokens=asked.room,
                     dtype=asked.dtype,
