@@ -15,6 +15,7 @@ from rmr1.engine.weights import read_config
 from rmr1.terminal import phase
 
 POCKET = Path(__file__).parent / "pocket"
+MODEL_NAMES = ("pocket", "smollm2")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 

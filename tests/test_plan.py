@@ -52,7 +52,7 @@ def test_distillation_fits_too(name: str, capsys: pytest.CaptureFixture[str]) ->
     (one,) = planned(capsys, f"sft-{name}", "--gpus", "8")
     assert one["fits"]
     assert one["steps"] == 69  # 8,753 traces by 128
-    assert set(one["phases_gb"]) == {"update"}
+    assert set(one["phases_gb"]) == {"load", "update"}
 
 
 def test_shapes_are_those_of_the_published_models() -> None:
@@ -82,11 +82,53 @@ def test_what_does_not_fit_says_what_to_change(capsys: pytest.CaptureFixture[str
         ([str(RECIPES / "rlvr-qwen2.5-7b.toml")], "config.json: cannot be read"),
         ([str(RECIPES / "rlvr-qwen2.5-7b.toml"), "--gpu", "gtx"], "gpu"),
         ([str(RECIPES / "torchrun.sh")], "no valid TOML"),
+        ([str(RECIPES / "data-rm-r1.toml")], "no training recipe"),
+        ([str(RECIPES / "trace-rm-r1.toml")], "no training recipe"),
+        ([str(RECIPES / "demo-smollm2.toml")], "no training recipe"),
+        ([str(RECIPES / "rlvr-qwen2.5-7b.toml"), "--model_config", "list.json"], "no JSON object"),
+        ([str(RECIPES / "rlvr-qwen2.5-7b.toml"), "--model_config", "bytes.json"], "bytes.json: no"),
     ],
 )
-def test_wrong_use(args: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_use(
+    args: list[str],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("list.json").write_text("[]")
+    Path("bytes.json").write_bytes(b"\xff\xfe\x00")
     assert main(["plan", *args]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_the_laptops_recipes_can_be_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(RECIPES / "sft-laptop.toml"), "--gpus", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["fits"]
+
+
+def test_a_model_has_to_be_loaded_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """72B: sharded over eight GPUs it would fit, but each loads it whole."""
+    shape = json.loads((RECIPES / "models/qwen2.5-32b.json").read_text())
+    shape |= {"hidden_size": 8192, "num_attention_heads": 64, "num_hidden_layers": 80,
+              "intermediate_size": 29568}  # fmt: skip
+    path = tmp_path / "72b.json"
+    path.write_text(json.dumps(shape))
+    args = ["plan", str(RECIPES / "sft-qwen2.5-32b.toml"), "--model_config", str(path), "--json"]
+    assert main([*args, "--gpus", "16"]) == 1
+    (one,) = json.loads(capsys.readouterr().out)
+    assert one["phases_gb"]["load"]["weights"] == pytest.approx(145, rel=0.02)
+    assert one["change"].startswith("take a larger GPU")
+
+
+def test_what_is_offloaded_has_to_fit_the_node(capsys: pytest.CaptureFixture[str]) -> None:
+    args = ("--gpus", "32", "--host_memory_gb")
+    (large,) = planned(capsys, "rlvr-qwen2.5-32b", *args, "1000")
+    (small,) = planned(capsys, "rlvr-qwen2.5-32b", *args, "500")
+    assert large["fits"]
+    assert not small["fits"]
+    assert small["change"].startswith("take more GPUs, or unset what is offloaded")
 
 
 def rlvr(**dotted: Any) -> RlvrConfig:

@@ -120,7 +120,11 @@ def plan_training(
 
     kept = micro_tokens * activation_bytes(config, dtype, recompute, recompute_layers)
     passing = _passing(config, dtype, micro_tokens, device, per_token)
-    phases = {"update": held | gradients | {"activations": kept} | passing}
+    # A model is loaded whole on each rank, and then shared out.
+    loading = {"weights": count * size}
+    if reference == "resident":
+        loading["reference"] = count * size
+    phases = {"load": loading, "update": held | gradients | {"activations": kept} | passing}
     if reference != "none":
         scoring = {"activations": micro_tokens * _forward_bytes(config, dtype)}
         phases["reference"] = held | {"reference": count * size} | scoring

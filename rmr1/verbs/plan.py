@@ -37,6 +37,7 @@ class Plan(Verb):
     )
     gpu: Literal["a100", "h100", "h200", "b200", "mi300x"] = Field("h100", description="which")
     gpus: int | None = Field(None, ge=1, description="how many")
+    host_memory_gb: float = Field(2000.0, gt=0, description="memory of a node beside its GPUs")
     prompt_tokens: int = Field(1200, ge=1, description="mean length of a prompt")
     judgment_tokens: int = Field(800, ge=1, description="mean length of a judgment (the paper's)")
     traces: int = Field(8753, ge=1, description="sft: how many there are (the paper's)")
@@ -55,20 +56,25 @@ class Plan(Verb):
 
     def _model(self) -> ModelConfig:
         from rmr1.engine.model_config import ModelConfig
+        from rmr1.models import MODEL_NAMES, resolve_model
 
         path = Path(self.model_config_file) if self.model_config_file else None
         if path is None:
-            name = tomllib.loads(Path(self.recipe).read_text(encoding="utf-8")).get("model", "")
-            path = Path(str(name)) / "config.json"
+            name = str(read_toml(self.recipe).get("model", ""))
+            # A name is that of a model here; a directory may be on the cluster only.
+            path = (resolve_model(name) if name in MODEL_NAMES else Path(name)) / "config.json"
         try:
-            return ModelConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            found = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise ValueError(
                 f"{path}: cannot be read ({error.strerror}); name the model's config.json with"
                 " --model_config, such as one of recipes/models"
             ) from None
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise ValueError(f"{path}: no JSON ({error}); give the model's config.json") from None
+        if not isinstance(found, dict):
+            raise ValueError(f"{path}: no JSON object; give the model's config.json")
+        return ModelConfig.from_dict(found)
 
     def _plan(
         self, config: SftConfig | RlvrConfig, model: ModelConfig, gpus: int
@@ -86,18 +92,25 @@ class Plan(Verb):
             estimate = rlvr_estimate(config, model, gpu, gpus, lengths, cache)
         else:
             estimate = sft_estimate(config, model, gpu, gpus, lengths, self.traces)
-        fits = memory.total <= usable and all(cache_fits(parts) for parts in memory.phases.values())
+        host = host_bytes(config, model, gpus)
+        changes = []
+        if sum(memory.phases["load"].values()) > usable:
+            changes.append("take a larger GPU, as each loads the whole model before it is shared")
+        elif memory.total > usable or not all(map(cache_fits, memory.phases.values())):
+            changes.append(memory_advice(config, model, **here))
+        if host > self.host_memory_gb * 1e9:
+            changes.append("take more GPUs, or unset what is offloaded to the node's own memory")
         return {
             "gpus": gpus,
-            "fits": fits,
+            "fits": not changes,
             "needed_gb": memory.total / 1e9,
             "usable_gb": usable / 1e9,
-            "host_gb_a_node": host_bytes(config, model, gpus) / 1e9,
+            "host_gb_a_node": host / 1e9,
             "phases_gb": {
                 phase: {part: size / 1e9 for part, size in parts.items() if size}
                 for phase, parts in memory.phases.items()
             },
-            "change": "" if fits else memory_advice(config, model, **here),
+            "change": "; ".join(changes),
             "step_seconds": estimate.parts,
             "seconds_per_step": estimate.step,
             "steps": estimate.steps,
@@ -124,14 +137,21 @@ def cache_fits(parts: dict[str, int]) -> bool:
     return parts.get("KV cache", 1) > 0
 
 
-def _recipe(path: str) -> SftConfig | RlvrConfig:
-    """The configuration in a file, of the stage whose keys it has."""
+def read_toml(path: str) -> dict[str, Any]:
+    """What a recipe says; ValueError where it cannot be read."""
     try:
-        tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); give a recipe") from None
     except ValueError as error:
         raise ValueError(f"{path}: no valid TOML ({error})") from None
+
+
+def _recipe(path: str) -> SftConfig | RlvrConfig:
+    """The configuration in a file, of the stage whose keys it has."""
+    tree = read_toml(path)
+    if "model" not in tree or not {"data", "optim"} & tree.keys() or "teacher" in tree:
+        raise ValueError(f"{path}: no training recipe; give one of `rmr1 sft` or `rmr1 rlvr`")
     if "rollout" in tree or "grpo" in tree:
         return load_config(RlvrConfig, path)
     return load_config(SftConfig, path)
