@@ -10,9 +10,11 @@ One line of a JSONL file is one pair (a row of a Parquet file has the same field
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -135,34 +137,50 @@ def instead_of_a_file(path: Path) -> str:
     return "is a device or a socket" if path.exists() else "no such file"
 
 
-def read_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
+@dataclass(frozen=True, slots=True)
+class Damaged:
+    """What stands for a line that holds no row, where the reader goes on after it."""
+
+    reason: str
+
+
+def read_rows(path: str | Path, *, go_on: bool = False) -> Iterator[tuple[int, Any]]:
     """Yield (line number, decoded row) of a JSONL file; blank lines are skipped.
 
-    ValueError names the file and the line where the text is no UTF-8 or no JSON.
+    ValueError names the file and the line where the text is no UTF-8 or no JSON. With `go_on` a
+    `Damaged` comes in place of that row, and the lines after it follow.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: {instead_of_a_file(path)}; give the path of a JSONL file")
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
+            if number == 1:  # some editors and spreadsheets begin a file with a mark
+                line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             try:
-                yield number, json.loads(line.decode("utf-8").rstrip())
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{path}, line {number}: the bytes are no UTF-8 (at byte {error.start} of the"
-                    " line); save the file as UTF-8"
-                ) from error
-            except json.JSONDecodeError as error:
-                cut = "" if line.endswith(b"\n") else "; the file may be cut off, fetch it again"
-                raise ValueError(
-                    f"{path}, line {number}: no JSON ({error.msg} at column {error.colno}){cut}"
-                ) from error
-            except (RecursionError, ValueError) as error:  # nested too deep; an endless number
-                raise ValueError(
-                    f"{path}, line {number}: no JSON that can be read ({error})"
-                ) from None
+                row = _decoded(line)
+            except ValueError as error:
+                if not go_on:
+                    raise ValueError(f"{path}, line {number}: {error}") from None
+                row = Damaged(str(error))
+            yield number, row
+
+
+def _decoded(line: bytes) -> Any:
+    """The JSON of a line; ValueError says why there is none."""
+    try:
+        return json.loads(line.decode("utf-8").rstrip())
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"the bytes are no UTF-8 (at byte {error.start} of the line); save the file as UTF-8"
+        ) from None
+    except json.JSONDecodeError as error:
+        cut = "" if line.endswith(b"\n") else "; the file may be cut off, fetch it again"
+        raise ValueError(f"no JSON ({error.msg} at column {error.colno}){cut}") from None
+    except (RecursionError, ValueError) as error:  # nested too deep; an endless number
+        raise ValueError(f"no JSON that can be read ({error})") from None
 
 
 def read_pairs(path: str | Path) -> list[Pair]:
@@ -172,7 +190,8 @@ def read_pairs(path: str | Path) -> list[Pair]:
     """
     pairs = []
     lines: dict[str, int] = {}  # id -> where it stands
-    unit, rows = "line", read_rows
+    unit = "line"
+    rows: Callable[[str | Path], Iterator[tuple[int, Any]]] = read_rows
     if Path(path).suffix == ".parquet":
         from rmr1.datasets.row_files import parquet_rows  # pyarrow is an extra
 
@@ -195,12 +214,26 @@ def read_pairs(path: str | Path) -> list[Pair]:
 
 
 def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> int:
-    """Write pairs as JSONL and return how many were written."""
-    path = Path(path)
+    """Write pairs as JSONL, or as Parquet by the name's ending; return how many were written."""
+    path, rows = Path(path), list(pairs)
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(asdict(pair), ensure_ascii=False) + "\n" for pair in pairs]
-    write_whole(path, "".join(lines))
-    return len(lines)
+    if path.suffix == ".parquet":
+        from rmr1.datasets.row_files import PairWriter  # pyarrow is an extra
+
+        with PairWriter(path) as writer:
+            for pair in rows:
+                writer.write(pair)
+            writer.close()
+            writer.finish()
+    else:
+        lines = [json.dumps(asdict(pair), ensure_ascii=False) + "\n" for pair in rows]
+        write_whole(path, "".join(lines))
+    return len(rows)
+
+
+def provisional(path: Path) -> Path:
+    """A name beside a file to write it under: of its own, as another process may write it too."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -212,7 +245,7 @@ def write_whole(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
         return
     path = path.resolve()
-    partial = path.with_name(f".{path.name}.partial")
+    partial = provisional(path)
     try:
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)

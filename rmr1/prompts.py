@@ -10,7 +10,9 @@ and `rubric`. It is never told the label, so it cannot show it. Three come with 
 - `reasoning`: for models that already think before they answer. One user turn, verdict only.
 - `compact`: the chain of rubrics in three lines, for small models that were taught the format.
 
-The wording is this project's own. `Prompt.hash` identifies the exact template in every result.
+The wording is this project's own. `Prompt.hash` identifies the exact template in every result: it
+covers what the template makes of a few pairs, its source with those that it imports, and the
+switches.
 """
 
 from __future__ import annotations
@@ -24,11 +26,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from jinja2 import (
+    Environment,
     FileSystemLoader,
     StrictUndefined,
     Template,
     TemplateError,
     TemplateSyntaxError,
+    meta,
 )
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import AfterValidator
@@ -40,15 +44,27 @@ Part = Literal["rubric", "classification"]
 _SHIPPED = Path(__file__).parent / "prompt_templates"
 SHIPPED_PROMPTS = ("rubric", "reasoning", "compact")
 
-_USER: Message = {"role": "user", "content": "{question}"}
-_REPLY: Message = {"role": "assistant", "content": "{r}"}
-_SINGLE = Pair("", "", (_USER,), "{a}", "{b}", "A", "chat")
-_MULTI = replace(_SINGLE, conversation=(_USER, _REPLY, _USER))
+# What every template is tried with, and hashed by: one question, one with a system turn, and a
+# conversation of many turns. The texts are long, with a mark in every line: what is cut shows.
+_LONG = "\n".join(f"{{NAME{line}}} and so on, until it is long" for line in range(500))
+_USER: Message = {"role": "user", "content": _LONG.replace("NAME", "question")}
+_SYSTEM: Message = {"role": "system", "content": "{system}"}
+_REPLY: Message = {"role": "assistant", "content": "{reply}"}
+_ANSWERS = (_LONG.replace("NAME", "a"), _LONG.replace("NAME", "b"))
+_SINGLE = Pair("", "", (_USER,), *_ANSWERS, "A", "chat")
+_MANY: list[Message] = [
+    turn | {"content": f"{{{turn['role']}{at}}}"} for at in range(20) for turn in (_USER, _REPLY)
+]
+_PROBES = tuple(
+    replace(_SINGLE, conversation=turns)
+    for turns in ((_USER,), (_SYSTEM, _USER), (_SYSTEM, *_MANY, _USER))
+)
+_MARK = re.compile(r"\{[a-z]+[0-9]*\}")
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A template with its switches; `hash` is twelve hex digits of its exact wording and layout."""
+    """A template with its switches; `hash` is twelve hex digits of its source and its wording."""
 
     style: str
     without: tuple[Part, ...]
@@ -89,17 +105,33 @@ def load_prompt(style: str, without: tuple[Part, ...] = ()) -> Prompt:
         ValueError: there is no such prompt, the file is no template, shows not all of a pair, or
             has no part that can be left out.
     """
-    prompt = _hashed(Prompt(style, without, _template(style)))
-    shown = "\n".join(turn["content"] for turn in prompt.render(_MULTI))
-    for told, times in (("{question}", 2), ("{r}", 1), ("{a}", 1), ("{b}", 1)):
-        if shown.count(told) < times:
-            name = {"{a}": "answer_a", "{b}": "answer_b"}.get(told, "every turn of conversation")
-            raise ValueError(f"prompt {style} does not show {name}; a judge has to see all of it")
+    template, sources = _template(style)
+    prompt = Prompt(style, without, template)
+    made = [prompt.render(pair) for pair in _PROBES]
+    for pair, messages in zip(_PROBES, made, strict=True):
+        _shows_all(prompt, pair, "\n".join(turn["content"] for turn in messages))
     for part in without:
-        rest = tuple(other for other in without if other != part)
-        if _hashed(replace(prompt, without=rest)).hash == prompt.hash:
+        other = replace(prompt, without=tuple(one for one in without if one != part))
+        if [other.render(pair) for pair in _PROBES] == made:
             raise ValueError(f"prompt {style} has no {part} that can be left out")
-    return prompt
+    # The source too: a template may treat a pair in a way that no probe shows.
+    text = repr([sources, sorted(without), made])
+    return replace(prompt, hash=hashlib.sha256(text.encode()).hexdigest()[:12])
+
+
+def _shows_all(prompt: Prompt, pair: Pair, shown: str) -> None:
+    """ValueError unless every mark of a probe is in the prompt that is made of it."""
+    marks = set(_MARK.findall(shown))
+    parts = {
+        "every turn of conversation": "".join(turn["content"] for turn in pair.conversation),
+        "answer_a": pair.answer_a,
+        "answer_b": pair.answer_b,
+    }
+    for name, text in parts.items():
+        if not marks.issuperset(_MARK.findall(text)):
+            raise ValueError(
+                f"prompt {prompt.style} does not show {name}; a judge has to see all of it"
+            )
 
 
 def _checked_style(style: str) -> str:
@@ -111,7 +143,8 @@ def _checked_style(style: str) -> str:
 PromptStyle = Annotated[str, AfterValidator(_checked_style)]
 
 
-def _template(style: str) -> Template:
+def _template(style: str) -> tuple[Template, list[str]]:
+    """The template, and the sources of it and of what it imports from the package."""
     # Values may not be changed either: one prompt must not depend on those before it.
     environment = ImmutableSandboxedEnvironment(
         loader=FileSystemLoader(_SHIPPED),
@@ -120,28 +153,41 @@ def _template(style: str) -> Template:
         lstrip_blocks=True,
     )
     if style in SHIPPED_PROMPTS:
-        return environment.get_template(f"{style}.jinja")
-    if not style.endswith(".jinja"):
+        path = _SHIPPED / f"{style}.jinja"
+    elif style.endswith(".jinja"):
+        path = Path(style)
+    else:
         raise ValueError(
             f"prompt style must be one of {', '.join(SHIPPED_PROMPTS)} or a .jinja file, got"
             f" {style!r}"
         )
     try:
-        return environment.from_string(Path(style).read_text(encoding="utf-8"))
+        source = path.read_text(encoding="utf-8")
+        return environment.from_string(source), _sources(environment, source)
     except OSError as error:
         raise ValueError(f"{style}: cannot be read ({error.strerror}); give a template") from None
     except (TemplateError, UnicodeDecodeError) as error:
         raise ValueError(f"{style}: no template ({_told(error)})") from None
 
 
+def _sources(environment: Environment, source: str) -> list[str]:
+    """A template's source and those of the package's templates that it uses, and so on."""
+    found, waiting = {"": source}, [source]
+    while waiting:
+        named = meta.find_referenced_templates(environment.parse(waiting.pop()))
+        for name in named:
+            # A name that is worked out while it runs could be any.
+            for own in [name] if name else environment.list_templates():
+                path = _SHIPPED / own
+                if own not in found and path.parent == _SHIPPED and path.is_file():
+                    found[own] = path.read_text(encoding="utf-8")
+                    waiting.append(found[own])
+    return [found[name] for name in sorted(found)]
+
+
 def _told(error: Exception) -> str:
     line = f" in line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
     return f"{error or type(error).__name__}{line}"
-
-
-def _hashed(prompt: Prompt) -> Prompt:
-    text = repr([prompt.render(_SINGLE), prompt.render(_MULTI)])
-    return replace(prompt, hash=hashlib.sha256(text.encode()).hexdigest()[:12])
 
 
 def encode(tokenizer: Any, messages: Sequence[Message]) -> list[int]:

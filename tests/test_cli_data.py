@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rmr1.cli import main
-from rmr1.config import load_config
+from rmr1.config import RlvrConfig, load_config
 from rmr1.datasets.build_config import BuildConfig
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -119,6 +119,9 @@ def test_the_table_and_its_json(told: Told) -> None:
             ["--sources.sky.limit", "many"],
             "key 'sources.sky.limit': Input should be a valid integer",
         ),
+        (["--sources.sky.drop", '["a"'], "argument --sources.sky.drop: no JSON"),
+        (["--sources.sky.drop", "[1]"], "key 'sources.sky.drop.0': Input should be a valid string"),
+        (["--sources.sky.expect", "a"], "argument --sources.sky.expect: write NAME=VALUE"),
         (["--sources.sky.limit"], "argument --sources.sky.limit: expected one argument"),
         (["--strict"], "source source-1 has 1 rows, expected 10"),
     ],
@@ -131,6 +134,56 @@ def test_wrong_use(told: Told, args: list[str], sentence: str) -> None:
     last = err.splitlines()[-1]
     assert last.startswith("rmr1: ")
     assert sentence in last
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--sources.sky.drop", "source-1,source-2"],
+        ['--sources.sky.drop=["source-1", "source-2"]'],
+        ["--sources.sky.drop", "source-1", "--sources.sky.drop", "source-2"],
+    ],
+)
+def test_a_list_in_a_named_section(told: Told, args: list[str]) -> None:
+    write_rows(50)
+    Path("x.toml").write_text(TOML)
+    code, out, _ = told("x.toml", "--json", "--sources.sky.expect", "source-3=10", *args)
+    assert code == 0
+    report = json.loads(out)
+    assert report["config"]["sources"]["sky"]["drop"] == ["source-1", "source-2"]
+    assert report["config"]["sources"]["sky"]["expect"] == {"source-3": 10}
+    assert set(report["sets"]["rl"]) == {"source-0", "source-3", "source-4"}
+
+
+def test_every_key_of_a_named_section_can_be_given(told: Told) -> None:
+    """Each as the file would have it, none with its default."""
+    Path("x.toml").write_text(TOML.replace('drop = ["source-0"]', "limit = 20"))
+    write_rows(50)
+    given: dict[str, Any] = {
+        "keep": ["source-1", "magpie_pro_llama3.1"],
+        "expect": {"magpie_pro_llama3.1": 3, "source-1": 4},
+        "traces": False,
+        "sample": 3,
+        "limit": None,
+        "format": "skywork",
+        "kind": "chat",
+    }
+    texts = {key: "unset" if value is None else str(value) for key, value in given.items()}
+    texts["keep"], texts["expect"] = ",".join(given["keep"]), json.dumps(given["expect"])
+    args = [word for key, text in texts.items() for word in (f"--sources.sky.{key}", text)]
+    code, out, _ = told("x.toml", "--json", *args)
+    assert code == 0
+    found = json.loads(out)["config"]["sources"]["sky"]
+    assert {key: found[key] for key in given} == given
+    code, out, _ = told("x.toml", "--json", "--sources.sky.drop", "")
+    assert (code, json.loads(out)["config"]["sources"]["sky"]["drop"]) == (0, [])
+
+
+@pytest.mark.parametrize("name", ["new/pairs.parquet", "new/pairs.jsonl"])
+def test_tasks_can_be_checked_by_their_name(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "tasks", "--output", name, "--count", "3"]) == 0
+    assert main(["data", "check", "--input", name]) == 0
+    assert "3 pairs, all readable" in capsys.readouterr().out
 
 
 def test_options_before_the_word_build(capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,3 +221,7 @@ def test_the_counts_of_the_papers_recipe_add_up() -> None:
     rows += sum(source.sample or 0 for source in recipe.sources.values())
     assert rows == 72_983  # the published RL set
     assert rows - recipe.split.distill == recipe.split.expect_rl == 64_226
+    # The recipe's sets are called as the stages that read them call them.
+    reads = load_config(RlvrConfig, RECIPES / "rlvr-qwen2.5-7b.toml").data.path
+    assert Path(recipe.output.rl).name == Path(reads).name
+    assert Path(recipe.output.distill) == Path(recipe.output.rl).with_name("distill.jsonl")

@@ -9,7 +9,9 @@ import pytest
 
 from rmr1.data import Message
 from rmr1.datasets.contamination import Benchmarks, Hit, benchmark_prompts
+from rmr1.datasets.shingles import words
 from rmr1.evals.rm_bench_items import load_rm_bench
+from rmr1.tasks.catalog import draw_pairs
 
 RM_BENCH = Path(__file__).parent.parent.parent / "shared" / "data" / "rm-bench"
 LONG = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
@@ -32,8 +34,51 @@ def test_equal_words_are_found_whatever_case_and_punctuation(tmp_path: Path) -> 
     assert found.hit([user("what's the capital of FRANCE")]) == Hit("mine", f"{path}, line 1", 1.0)
     assert found.hit([user("What is the capital of Spain?")]) is None
     assert found.hit([user("!!!")]) is None
-    # A short prompt inside a longer one is not the same question.
-    assert found.hit([user("What's the capital of France? And of Spain?")]) is None
+
+
+CAPITAL = "What's the capital of France?"
+ASKS: Message = {"role": "assistant", "content": "What is it?"}
+
+
+def test_a_short_prompt_inside_a_turn_is_found(tmp_path: Path) -> None:
+    path = benchmark(tmp_path, CAPITAL, "Hi", "What is suicide?", "Is it so? I see it")
+    found = Benchmarks({"mine": str(path)}, overlap=0.5)
+    whole = Hit("mine", f"{path}, line 1", 1.0)
+    assert found.hit([user(f"{CAPITAL} Thanks")]) == whole
+    assert found.hit([user(f"{LONG} {CAPITAL} {LONG}")]) == whole
+    assert found.hit([user("Hello"), ASKS, user(f"Please: {CAPITAL}")]) == whole
+    # Not all of it, not in a row, and not over the end of a turn.
+    assert found.hit([user("What's the capital of Spain? And of France?")]) is None
+    assert (
+        found.hit([user("What's the capital of"), ASKS, user("France?")]) is not None
+    )  # the whole
+    assert found.hit([user("So what's the capital of"), ASKS, user("France?")]) is None
+    # Under five words or twenty characters only a turn that says no more.
+    for short in ("Hi", "What is suicide?", "Is it so? I see it"):
+        assert found.hit([user(short)]) is not None
+        assert found.hit([user("Well"), ASKS, user(short)]) is not None
+        assert found.hit([user(f"{short} Thanks")]) is None
+    assert found.hit([ASKS]) is None
+
+
+def test_of_two_prompts_the_longer_is_named(tmp_path: Path) -> None:
+    path = benchmark(tmp_path, CAPITAL, f"{CAPITAL[:-1]} and of Spain?")
+    found = Benchmarks({"mine": str(path)}, overlap=0.5)
+    hit = found.hit([user(f"{CAPITAL} And of Spain? Thanks")])
+    assert hit is not None
+    assert hit.item == f"{path}, line 2"
+
+
+def test_each_turn_is_compared_by_itself(tmp_path: Path) -> None:
+    """Two of the three runs of a turn, which are few of the whole conversation's."""
+    longer = f"{LONG} sixteen {' '.join(f'end{n}' for n in range(40))}"
+    found = Benchmarks({"mine": str(benchmark(tmp_path, longer))}, overlap=0.5)
+    turn = user(" ".join([*LONG.split()[:14], "other"]))
+    filler = user(" ".join(f"word{n}" for n in range(200)))
+    for conversation in ([turn], [filler, ASKS, turn], [turn, ASKS, filler]):
+        hit = found.hit(conversation)
+        assert hit is not None
+        assert hit.overlap == pytest.approx(2 / 3)
 
 
 def test_runs_of_13_words_count_by_the_shorter_text(tmp_path: Path) -> None:
@@ -86,5 +131,15 @@ def test_rm_bench_as_published() -> None:
     long = [turn for turn, prompt in zip(padded, prompts, strict=True) if len(prompt.split()) > 15]
     assert len(long) > 100
     assert all(found.hit([turn]) for turn in long)
-    # Its answers are no prompts of it.
-    assert sum(found.hit([user(item.contests[3].chosen)]) is not None for item in items) <= 2
+    # Of 568 prompts 13 are too short to be found inside a longer turn.
+    distinct = {" ".join(words(prompt)): prompt for prompt in prompts}.values()
+    assert len(distinct) == 568
+    thanked = [found.hit([user(f"{prompt} Thanks")]) is None for prompt in distinct]
+    second = [found.hit([user("A question."), ASKS, user(prompt)]) is None for prompt in distinct]
+    assert (sum(thanked), sum(second)) == (13, 0)
+    # Its answers are no prompts of it, but for some that begin by asking again; nor are others.
+    asked = dict(benchmark_prompts(RM_BENCH))
+    for item in items:
+        if hit := found.hit([user(item.contests[3].chosen)]):
+            assert words(asked[hit.item]) == words(item.conversation[-1]["content"])
+    assert not any(found.hit(pair.conversation) for pair in draw_pairs(500, seed=0, split="train"))

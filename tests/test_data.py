@@ -103,6 +103,21 @@ def test_blank_lines_and_unknown_fields_are_no_matter(tmp_path: Path) -> None:
     assert [pair.id for pair in read_pairs(path)] == ["p1"]
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(f"{json.dumps(GOOD)}\n", encoding="utf-8-sig")
+    assert [pair.id for pair in read_pairs(path)] == ["p1"]
+    path.write_text(f"\n\ufeff{json.dumps(GOOD)}\n", encoding="utf-8")  # in the first line only
+    assert "line 2: no JSON" in message(path)
+
+
+def test_pairs_are_written_by_the_ending_of_the_name(tmp_path: Path) -> None:
+    pair = pair_from_row(GOOD)
+    for name in ("pairs.jsonl", "pairs.parquet"):
+        assert write_pairs(tmp_path / "new" / name, [pair]) == 1
+        assert read_pairs(tmp_path / "new" / name) == [pair]
+
+
 def message(path: Path) -> str:
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the text is checked by the caller
         read_pairs(path)

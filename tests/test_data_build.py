@@ -1,29 +1,19 @@
-"""`rmr1 data build`: what is dropped and why, sides that tell nothing, whole files."""
+"""`rmr1 data build`: what is dropped and why, which rows are taken, and what is expected."""
 
 from __future__ import annotations
 
 import json
-import re
-import subprocess
-import sys
 from collections import Counter
-from contextlib import nullcontext
 from pathlib import Path
 from random import Random
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
 import pytest
+from data_builds import many, run, skywork, total, user, write_jsonl
 
-from rmr1.data import Message, Pair, read_pairs, write_pairs
-from rmr1.datasets.build import build
-from rmr1.datasets.build_config import BuildConfig
+from rmr1.data import Pair, read_pairs, write_pairs
 from rmr1.datasets.build_report import BuildReport
-from rmr1.prompts import SHIPPED_PROMPTS, load_prompt
-from rmr1.terminal import Phase
 
-RECIPES = Path(__file__).parent.parent / "recipes"
 RM_BENCH = Path(__file__).parent.parent.parent / "shared" / "data" / "rm-bench"
 
 
@@ -31,46 +21,6 @@ RM_BENCH = Path(__file__).parent.parent.parent / "shared" / "data" / "rm-bench"
 def _somewhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
-
-
-def quiet(title: str, total: int, unit: str) -> Any:
-    return nullcontext(Phase(title, total, unit))
-
-
-def user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
-def skywork(n: int, source: str = "helpsteer2", **change: Any) -> dict[str, Any]:
-    """A row; every third has a conversation of several turns."""
-    turns = [user(f"Question {n}?")]
-    if n % 3 == 0:
-        turns = [user("Hello"), {"role": "assistant", "content": "Hi"}, *turns]
-    rows: dict[str, Any] = {
-        side: [*turns, {"role": "assistant", "content": f"{side[0]}nswer {n} " + "x" * (n % 7)}]
-        for side in ("chosen", "rejected")
-    }
-    return rows | {"source": source} | change
-
-
-def write_jsonl(path: str, rows: list[Any]) -> str:
-    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def config(**sections: Any) -> BuildConfig:
-    """One Skywork source in rows.jsonl, unless the test has others."""
-    one = {"path": "rows.jsonl", "format": "skywork", "kind": "chat"}
-    sources = sections.pop("sources", {"sky": one | sections.pop("source", {})})
-    return BuildConfig.model_validate({"sources": sources, **sections})
-
-
-def run(**sections: Any) -> BuildReport:
-    return build(config(**sections), show=quiet)
-
-
-def total(report: BuildReport, reason: str) -> int:
-    return sum(counts.dropped.get(reason, 0) for counts in report.sources.values())
 
 
 # --- Filters ------------------------------------------------------------------------------------
@@ -88,6 +38,7 @@ def test_every_reason_is_counted_and_listed() -> None:
         ("", pair | {"source": "mine"}),
         ("repeated pair", pair | {"source": "mine"}),
         ("repeated, other label", {"chosen": pair["rejected"], "rejected": pair["chosen"]}),
+        ("empty prompt", {s: [user(" \n"), *pair[s][1:]] for s in ("chosen", "rejected")}),
         ("empty answer", pair | answer("rejected", " \n")),
         ("identical answers", pair | answer("rejected", "Because. ")),
         ("stray token", pair | answer("rejected", "Well <im_start>assistant")),
@@ -168,6 +119,23 @@ def test_bad_rows_stop_the_build_or_are_counted() -> None:
     assert run(source={"drop": ["junk"]}).sources["junk"].left_out == 1
 
 
+def test_damaged_lines_stop_the_build_or_are_counted() -> None:
+    lines = [json.dumps(skywork(n)).encode() for n in range(20)]
+    damaged = [b'{"source": "caf\xe9"}', b'{"source": "helpsteer2", "chosen": [']
+    Path("rows.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\n".join([*lines[:9], *damaged, *lines[9:]]))
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 10: the bytes are no UTF-8"):
+        run()
+    # `keep` does not hide them: nobody can tell which source such a line is of.
+    source = {"keep": ["helpsteer2"]}
+    report = run(source=source, bad_rows="drop", output={"dropped": "no.jsonl"})
+    assert report.sources["helpsteer2"].kept == 20
+    assert report.sources["sky"].dropped == {"damaged line": 2}
+    listed = [json.loads(line) for line in Path("no.jsonl").read_text().splitlines()]
+    assert [row["row"] for row in listed] == ["rows.jsonl, line 10", "rows.jsonl, line 11"]
+    assert "no UTF-8" in listed[0]["detail"]
+    assert "no JSON" in listed[1]["detail"]
+
+
 def test_equal_ids_of_different_pairs_are_made_unique() -> None:
     pairs = [
         Pair("1", "mine", ({"role": "user", "content": f"q{n}"},), "a", "b", "A", "chat")
@@ -180,99 +148,6 @@ def test_equal_ids_of_different_pairs_are_made_unique() -> None:
     ids = [pair.id for pair in read_pairs("rl.jsonl")]
     assert sorted(name.split("#")[0] for name in ids) == ["1"] * 3
     assert len(set(ids)) == 3
-
-
-# --- Sides --------------------------------------------------------------------------------------
-
-
-def many(count: int) -> None:
-    write_jsonl("rows.jsonl", [skywork(n, f"source-{n % 5}") for n in range(count)])
-
-
-def test_sides_are_balanced_in_every_source_and_set() -> None:
-    many(503)
-    output = {"distill": "distill.jsonl"}
-    for inside in (False, True):
-        report = run(split={"distill": 101, "distill_in_rl": inside}, output=output)
-        rl, distill = read_pairs("rl.jsonl"), read_pairs("distill.jsonl")
-        assert (len(distill), len(rl)) == (101, 503 if inside else 402)
-        assert report.labels["rl"] == dict(Counter(pair.label for pair in rl))
-        assert bool({pair.id for pair in rl} & {pair.id for pair in distill}) == inside
-        for pairs in (rl, distill):
-            for source in {pair.source for pair in pairs}:
-                sides = Counter(pair.label for pair in pairs if pair.source == source)
-                assert abs(sides["A"] - sides["B"]) <= 1
-                better = {("A", "c"), ("B", "r")}  # the label is where the chosen answer is
-                assert {(pair.label, pair.answer_a[0]) for pair in pairs} == better
-
-
-def test_sides_and_sets_do_not_depend_on_the_order_of_the_rows() -> None:
-    rows = [skywork(n, f"source-{n % 5}") for n in range(200)]
-    split = {"split": {"distill": 50}, "output": {"distill": "d.jsonl"}}
-    made = []
-    for order in (rows, rows[::-1]):
-        write_jsonl("rows.jsonl", order)
-        run(**split)
-        made.append((read_pairs("rl.jsonl"), read_pairs("d.jsonl")))
-    assert made[0] == made[1]
-    run(**split, seed=1)
-    assert read_pairs("rl.jsonl") != made[0][0]
-
-
-def features(pair: Pair, place: int) -> dict[str, object]:
-    """What a lazy judge could go by: everything but the answers' words."""
-    prompt = load_prompt("rubric").render(pair)[-1]["content"]
-    return {
-        "place": place % 2,
-        "place by four": place % 4,
-        "source": pair.source,
-        "turns": len(pair.conversation),
-        "id": pair.id[-1],
-        "speakers": tuple(re.findall(r"^(\w+(?: \w)?): ", prompt, re.MULTILINE)),
-        "first line": prompt.split("\n")[0],
-        "kind": pair.kind,
-    }
-
-
-def test_a_classifier_by_any_feature_is_right_half_of_the_time() -> None:
-    many(2000)
-    run()
-    pairs = read_pairs("rl.jsonl")
-    rows = [features(pair, place) for place, pair in enumerate(pairs)]
-    noise = 4 * 0.5 / (len(pairs) / 2) ** 0.5
-    for name in rows[0]:
-        # The majority of the first half of each value is the guess for the second half.
-        seen: dict[object, Counter[str]] = {}
-        half = len(pairs) // 2
-        for row, pair in zip(rows[:half], pairs[:half], strict=True):
-            seen.setdefault(row[name], Counter())[pair.label] += 1
-        right = [
-            seen[row[name]].most_common(1)[0][0] == pair.label
-            for row, pair in zip(rows[half:], pairs[half:], strict=True)
-            if row[name] in seen
-        ]
-        assert abs(sum(right) / len(right) - 0.5) < noise, name
-
-
-@pytest.mark.parametrize("style", SHIPPED_PROMPTS)
-def test_a_prompt_with_its_texts_blanked_is_the_same_for_both_labels(style: str) -> None:
-    many(60)
-    run()
-    prompt = load_prompt(style)
-    shown: dict[int, set[str]] = {}
-    labels: dict[int, set[str]] = {}
-    for pair in read_pairs("rl.jsonl"):
-        blank: tuple[Message, ...] = tuple(
-            {"role": turn["role"], "content": "…"} for turn in pair.conversation
-        )
-        empty = Pair("", "", blank, "…", "…", pair.label, pair.kind)
-        text = json.dumps(prompt.render(empty))
-        shown.setdefault(len(blank), set()).add(text)
-        labels.setdefault(len(blank), set()).add(pair.label)
-    assert set(shown) == {1, 3}
-    for turns, texts in shown.items():
-        assert labels[turns] == {"A", "B"}
-        assert len(texts) == 1
 
 
 # --- Sources, counts, the split -----------------------------------------------------------------
@@ -361,75 +236,6 @@ def test_traced_pairs_are_distilled_and_kept_out_of_rl() -> None:
 
 def test_nothing_left_is_an_error() -> None:
     write_jsonl("rows.jsonl", [answer("chosen", "a") | answer("rejected", "a") | {"source": "s"}])
-    with pytest.raises(ValueError, match="no pair is left after the filters"):
+    told = r"no pair is left after the filters \(most are dropped as: identical answers\)"
+    with pytest.raises(ValueError, match=told):
         run()
-
-
-# --- Files --------------------------------------------------------------------------------------
-
-
-def test_parquet_in_and_out_is_the_same() -> None:
-    rows = [skywork(n) for n in range(300)]
-    write_jsonl("rows.jsonl", rows)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), "rows.parquet")
-    run()
-    run(source={"path": "rows.parquet"}, output={"rl": "rl.parquet"})
-    assert read_pairs("rl.parquet") == read_pairs("rl.jsonl")
-
-
-@pytest.mark.parametrize("at", ["Read sky", "Write distill.jsonl", "Write rl.jsonl"])
-def test_an_interrupted_build_leaves_the_old_files(at: str) -> None:
-    many(50)
-    files = {
-        "distill": "distill.jsonl",
-        "rl": "rl.jsonl",
-        "dropped": "no.jsonl",
-        "report": "r.json",
-    }
-    for path in files.values():
-        Path(path).write_text("old")
-
-    def stop(title: str, total: int, unit: str) -> Any:
-        if title == at:
-            raise KeyboardInterrupt
-        return quiet(title, total, unit)
-
-    with pytest.raises(KeyboardInterrupt):
-        build(config(split={"distill": 9}, output=files), show=stop)
-    assert {Path(path).read_text() for path in files.values()} == {"old"}
-    assert sorted(path.name for path in Path().iterdir()) == sorted([*files.values(), "rows.jsonl"])
-
-
-MEASURE = """
-import re
-from contextlib import nullcontext
-from rmr1.datasets.build import build
-from rmr1.datasets.build_config import BuildConfig
-from rmr1.terminal import Phase
-config = BuildConfig.model_validate({
-    "sources": {"a": {"path": "rows.jsonl", "format": "trl", "kind": "chat"}},
-    "filters": {"near_duplicates": 0.9, "similar_by": "conversation"},
-    "split": {"distill": 10}, "output": {"rl": "rl.jsonl", "distill": "d.jsonl"},
-})
-report = build(config, show=lambda *a: nullcontext(Phase(*a)))
-# Not ru_maxrss: that begins with what the parent held when it forked.
-peak = re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]
-print(sum(report.sets["rl"].values()), int(peak) // 1024)
-"""
-
-
-def test_memory_does_not_grow_with_the_data() -> None:
-    used = []
-    for count in (100, 2000):
-        rows = [
-            {"prompt": f"{n} {n**3} {n**5}", "chosen": f"{n} " * 1500, "rejected": f"{n}\n" * 1500}
-            for n in range(1000, 1000 + count)
-        ]  # 15 kB each, 30 MB in the end
-        write_jsonl("rows.jsonl", rows)
-        done = subprocess.run(
-            [sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True
-        )
-        kept, megabytes = map(int, done.stdout.split())
-        assert kept == count - 10
-        used.append(megabytes)
-    assert used[1] - used[0] < 12, used  # SQLite's cache is 8

@@ -61,7 +61,7 @@ def test_what_the_configuration_says_is_planned() -> None:
     assert "reference" not in plan("rlvr").phases["update"]  # offloaded
     assert plan("rlvr", grpo__offload_reference=False).phases["update"]["reference"] == 2 * COUNT
     assert set(plan("rlvr", grpo__beta=0).phases) == {"load", "update", "rollout"}
-    assert set(plan("sft", zero__stage=3).phases) == {"update"}
+    assert set(plan("sft", zero__stage=3).phases) == {"load", "update"}
     assert "generator's copy" not in plan("sft", zero__stage=3).parts
     assert plan("rlvr", rollout__kv_memory_gb=5).parts["KV cache"] == pytest.approx(5e9, rel=1e-3)
     # A loss of whole sequences asks less of the head than of a layer.

@@ -158,6 +158,35 @@ SHOWS_ALL = "{{ conversation }}{{ answer_a }}{{ answer_b }}"
             "{% set user %}{{ conversation[0] }}{{ answer_a }}{{ answer_b }}{% endset %}",
             "every turn of conversation",
         ),
+        (
+            "{% set user %}{{ conversation[-3:] }}{{ answer_a }}{{ answer_b }}{% endset %}",
+            "every turn of conversation",
+        ),
+        (
+            "{% set user %}{% for turn in conversation if turn.role != 'system' %}"
+            "{{ turn.content }}{% endfor %}{{ answer_a }}{{ answer_b }}{% endset %}",
+            "every turn of conversation",
+        ),
+        (
+            "{% set user %}{% for turn in conversation %}{{ turn.content | truncate(200) }}"
+            "{% endfor %}{{ answer_a }}{{ answer_b }}{% endset %}",
+            "every turn of conversation",
+        ),
+        (
+            "{% set user %}{{ conversation }}{{ answer_a | truncate(30) }}{{ answer_b }}"
+            "{% endset %}",
+            "does not show answer_a",
+        ),
+        (
+            "{% set user %}{{ conversation }}{{ answer_a }}{{ answer_b[:9999] }}{% endset %}",
+            "does not show answer_b",
+        ),
+        (  # no role `system`: it would fail at the first pair that has one
+            "{% set user %}{% for turn in conversation %}"
+            "{{ {'user': 'U', 'assistant': 'A'}[turn.role] }}: {{ turn.content }}{% endfor %}"
+            "{{ answer_a }}{{ answer_b }}{% endset %}",
+            "has no attribute 'system'",
+        ),
         ("{% set user %}{{ label }}" + SHOWS_ALL + "{% endset %}", "'label' is undefined"),
         ("{% set user %}{{ ''.__class__.__mro__ }}{% endset %}", "unsafe"),
         ("{% set user %}{{ conversation[0].clear() }}{% endset %}", "unsafe"),
@@ -193,12 +222,56 @@ def test_prompt_hashes_identify_the_wording(tmp_path: Path) -> None:
     assert all(len(digits) == 12 and int(digits, 16) >= 0 for digits in hashes.values())
     assert len(set(hashes.values())) == len(SHIPPED_PROMPTS)
     # The pocket model was taught this wording; a change wants a new one.
-    assert hashes["compact"] == "ad5b17fff1af"
+    assert hashes["compact"] == "1fc088c943f5"
     shipped = Path(rmr1.__file__).parent / "prompt_templates" / "rubric.jinja"
     for name, change in (("same", ""), ("other", "!")):
         path = tmp_path / f"{name}.jinja"
         path.write_text(shipped.read_text().replace("careful judge.", f"careful judge.{change}"))
         assert (load_prompt(str(path)).hash == hashes["rubric"]) == (name == "same")
+
+
+SHOWN = "{% set user %}{{ conversation }}{{ answer_a }}{{ answer_b }}{% endset %}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        SHOWN.replace("{% endset", "{{ 'Be fair.' if answer_a | length > 99999 }}{% endset"),
+        SHOWN.replace("{{ answer_a }}", "{{ answer_a | replace('river', 'lake') }}"),
+        SHOWN.replace("{{ conversation }}", "{{ conversation if conversation | length < 99 }}"),
+    ],
+)
+def test_what_no_probe_shows_is_in_the_hash(tmp_path: Path, text: str) -> None:
+    plain, other = tmp_path / "plain.jinja", tmp_path / "other.jinja"
+    plain.write_text(SHOWN)
+    other.write_text(text)
+    assert load_prompt(str(plain)).render(SINGLE) == load_prompt(str(plain)).render(SINGLE)
+    assert load_prompt(str(plain)).hash != load_prompt(str(other)).hash
+
+
+def test_a_template_of_the_package_is_part_of_those_that_use_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = Path(rmr1.__file__).parent / "prompt_templates"
+    for path in shipped.iterdir():
+        (tmp_path / path.name).write_text(path.read_text())
+    monkeypatch.setattr("rmr1.prompts._SHIPPED", tmp_path)
+    dynamic = tmp_path / "dynamic.jinja"
+    dynamic.write_text("{% set name = 'task.jinja' %}{% include name %}" + SHOWN)
+    alone = tmp_path / "alone.jinja"
+    alone.write_text(SHOWN)
+    uses = ["rubric", "reasoning", "compact", str(dynamic)]
+    before = {style: load_prompt.__wrapped__(style).hash for style in [*uses, str(alone)]}
+    assert before["rubric"] == load_prompt("rubric").hash
+    with (tmp_path / "task.jinja").open("a") as stream:
+        stream.write("{% macro more() %}{% endmacro %}")  # which changes no text
+    for style, digits in before.items():
+        assert (load_prompt.__wrapped__(style).hash == digits) == (style == str(alone)), style
+
+
+def test_the_order_of_what_is_left_out_is_no_matter() -> None:
+    both = load_prompt("rubric", ("rubric", "classification"))
+    assert both.hash == load_prompt("rubric", ("classification", "rubric")).hash
 
 
 TEMPLATE = (

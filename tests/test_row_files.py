@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from rmr1.data import Pair, read_pairs, write_pairs
+from rmr1.data import Damaged, Pair, read_pairs, write_pairs
 from rmr1.datasets.row_files import (
     PairWriter,
     count_rows,
@@ -37,8 +37,8 @@ def write_parquet(path: Path, rows: list[dict[str, Any]], **options: Any) -> Pat
 def write_all(folder: Path) -> list[Path]:
     lines = "".join(json.dumps(row) + "\n" for row in ROWS)
     (folder / "a.jsonl").write_text(lines)
-    (folder / "b.json").write_text(lines)  # often so named
-    (folder / "c.json").write_text(json.dumps(ROWS))
+    (folder / "b.json").write_text("\ufeff" + lines)  # often so named
+    (folder / "c.json").write_text(json.dumps(ROWS) + "\n" + " " * 200)
     (folder / "d.json").write_text("\ufeff \n" + json.dumps(ROWS, indent=1, ensure_ascii=False))
     write_parquet(folder / "e.parquet", ROWS, row_group_size=100)
     return files_of(folder)
@@ -85,6 +85,8 @@ def told(path: Path) -> str:
         ("x.json", b"[", "the file may be cut off, fetch it again"),
         ("x.json", b'[{"a": 1}\n{"a": 2}, {"a": 3}]', "line 2: no JSON (items need one comma"),
         ("x.json", b'[{"a": 1}, ,{"a": 2}, {"a": 3}]', "no JSON (Expecting value)"),
+        ("x.json", b'[{"a": 1}]\n[{"a": 2}]', "after the list of 1 rows the file goes on"),
+        ("x.json", b"[]" + b" " * 500 + b'{"a": 1}', "after the list of 0 rows the file goes on"),
         ("x.json", b"[" * 100_000, "no JSON that can be read"),
         ("x.json", b"[" + b"1" * 5000 + b"]", "no JSON that can be read"),
     ],
@@ -93,6 +95,31 @@ def test_damaged_texts(tmp_path: Path, name: str, content: bytes, sentence: str)
     (tmp_path / name).write_bytes(content)
     assert told(tmp_path / name).startswith(str(tmp_path / name))
     assert sentence in told(tmp_path / name)
+
+
+def test_rows_after_the_end_of_a_list_are_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rmr1.datasets.row_files._CHUNK", 61)
+    path = tmp_path / "x.json"
+    path.write_text(f"{json.dumps(ROWS[:10])}\n{' ' * 300}{json.dumps(ROWS[10:20])}\n")
+    rows = rows_of(path)
+    assert [row for _, row in islice(rows, 10)] == ROWS[:10]
+    with pytest.raises(
+        ValueError, match=r"x\.json: after the list of 10 rows the file goes on; put"
+    ):
+        next(rows)
+
+
+def test_damaged_lines_are_passed_over_where_that_is_wanted(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'\xff\n{"a": 1}\n' + b"[" * 100_000 + b'\n{"a": 2}\n{"a": ')
+    found = list(rows_of(path, go_on=True))
+    assert [where for where, _ in found] == [f"{path}, line {line}" for line in range(1, 6)]
+    assert [row for _, row in found if not isinstance(row, Damaged)] == [{"a": 1}, {"a": 2}]
+    reasons = [row.reason for _, row in found if isinstance(row, Damaged)]
+    for reason, told in zip(reasons, ("no UTF-8", "can be read", "cut off"), strict=True):
+        assert told in reason
 
 
 def test_a_truncated_parquet_file_and_one_with_a_damaged_page(tmp_path: Path) -> None:

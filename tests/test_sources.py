@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict
 from typing import Any
 
@@ -12,6 +13,7 @@ from rmr1.data import Pair
 from rmr1.datasets.sources import (
     NO_ASSISTANT,
     NO_RIGHT_VERDICT,
+    NOT_APART,
     OTHER_CONVERSATIONS,
     Candidate,
     FormatName,
@@ -95,6 +97,31 @@ def test_trl_in_all_its_forms(row: dict[str, Any]) -> None:
     assert made == Candidate((user("Why?"),), "Because.", "No idea.")  # type: ignore[arg-type]
 
 
+BE_BRIEF = {"role": "system", "content": "Be brief."}
+AGAIN = [says("Because."), user("And?")]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "begin"),
+    [
+        ([BE_BRIEF, user("Why?")], [user("Why?")]),  # a system turn in the prompt only
+        ([user("Why?")], [BE_BRIEF, user("Why?")]),  # or in the conversations only
+        ([BE_BRIEF, user("Why?")], [BE_BRIEF, user("Why?")]),
+        ([BE_BRIEF, user("Why?")], []),
+        ([BE_BRIEF], [user("Why?")]),
+        ([BE_BRIEF, user("Why?")], [user("Why?"), *AGAIN]),
+        ([BE_BRIEF, user("Why?"), *AGAIN], [user("And?")]),
+        ([BE_BRIEF, user("Why?")], AGAIN),
+    ],
+)
+def test_trl_prompts_are_not_repeated(
+    prompt: list[dict[str, str]], begin: list[dict[str, str]]
+) -> None:
+    row = {"prompt": prompt, "chosen": [*begin, says("So.")], "rejected": [*begin, says("No.")]}
+    whole = [BE_BRIEF, user("Why?"), *(AGAIN if "And?" in json.dumps(row) else [])]
+    assert candidate_from_row(row, "trl").conversation == tuple(whole)
+
+
 def test_trl_texts_with_the_prompt_inside_are_cut_between_words() -> None:
     row = {"chosen": "The sky is blue.", "rejected": "The sky is black."}
     made = candidate_from_row({**row, "id": 7, "source": "sky"}, "trl")
@@ -124,7 +151,7 @@ def shown_turns(conversation: list[dict[str, str]], a: str, b: str, misspelt: bo
     return "\n\n".join(parts)
 
 
-def rm_r1(text: str, winner: str, **more: str) -> dict[str, Any]:
+def rm_r1(text: str, winner: str, **more: Any) -> dict[str, Any]:
     return {"context_messages": [{"role": "system", "content": "…"}, user(text)],
             "winner": winner, **more}  # fmt: skip
 
@@ -153,15 +180,61 @@ def test_rm_r1_traces_keep_the_side_they_speak_of() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    "after", ["", "\n\nEnd with <answer>[[A]]</answer> or <answer>[[B]]</answer>."]
+)
+def test_rm_r1_prompts_that_are_one_user_turn(after: str) -> None:
+    """As models that think by themselves are asked: what to do stands before and after the pair."""
+    before = "Judge the two replies to the [Client Question] below.\n\n"
+    for text, turns in (
+        (shown("Why\n\nso?", "yes", "no [[A]]"), [user("Why\n\nso?")]),
+        (shown_turns(TURNS, "yes", "no [[A]]", True), TURNS),
+    ):
+        row = {"context_messages": [user(before + text + after)], "winner": "model_a"}
+        made = candidate_from_row(row, "rm-r1")
+        assert made == Candidate(tuple(turns), "yes", "no [[A]]")  # type: ignore[arg-type]
+
+
+MARK = "[The End of Chatbot A's Response]\n\n[The Start of Chatbot B's Response]"
+
+
+@pytest.mark.parametrize(
+    "text",
     [
-        ("Which is better?", "shows no two answers in one of RM-R1's layouts"),
-        (shown_turns([user("x\nUser: y")], "a", "b", False), "cannot be told apart into turns"),
+        "Which is better?",
+        "",
+        shown_turns([user("x\nUser: y")], "a", "b", False),
+        shown_turns(TURNS, "a\nUser: b", "c", False),
+        shown("Why?", f"a\n{MARK}\nx", "b"),  # one of two places could be the end of A
+        shown("Why?", "a", f"b\n{MARK}\nx"),
+        shown("[Client Question]\nWhy?", "a", "b"),
     ],
 )
-def test_rm_r1_prompts_that_cannot_be_taken_apart(text: str, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_rm_r1_prompts_that_cannot_be_taken_apart(text: str) -> None:
+    with pytest.raises(Unfit, match=NOT_APART):
         candidate_from_row(rm_r1(text, "model_a"), "rm-r1")
+
+
+def test_rm_r1_marks_within_a_line_are_text() -> None:
+    question, answer = (
+        "What is\n [Client Question]?",
+        "The [The End of Chatbot A's Response] ends it.",
+    )
+    made = candidate_from_row(rm_r1(shown(question, answer, "b"), "model_a"), "rm-r1")
+    assert (made.conversation[0]["content"], made.chosen, made.rejected) == (question, answer, "b")
+
+
+def test_rm_r1_many_marks_take_no_time() -> None:
+    text = shown("Why?", f"\n{MARK}\n" * 5000, f"\n{MARK}\n" * 5000)
+    start = time.perf_counter()
+    with pytest.raises(Unfit):
+        candidate_from_row(rm_r1(text, "model_a"), "rm-r1")
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize("truth", [["model_a"], 1, {"winner": "model_a"}])
+def test_rm_r1_ground_truth_of_another_type(truth: Any) -> None:
+    with pytest.raises(ValueError, match='column "ground_truth" must be a text, got'):
+        candidate_from_row(rm_r1(shown("2 + 2", "5", "4"), TRACE, ground_truth=truth), "rm-r1")
 
 
 PAIR = Pair("p1", "mine", ({"role": "user", "content": "q"},), "a", "b", "B", "chat")

@@ -11,23 +11,26 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from rmr1.data import write_whole
+from rmr1.data import Damaged, instead_of_a_file, provisional, write_whole
 from rmr1.datasets.build_config import BuildConfig, SourceConfig
-from rmr1.datasets.build_report import BuildReport, Tally, expectations
+from rmr1.datasets.build_report import BuildReport, expectations, report_of
 from rmr1.datasets.filters import Dropped, Filters
 from rmr1.datasets.row_files import Located, PairWriter, count_rows, hub_rows, rows_of
 from rmr1.datasets.sources import Unfit, candidate_from_row
 from rmr1.datasets.store import PairStore, Part
+from rmr1.datasets.tally import Tally
 from rmr1.tasks.catalog import draw_pairs
 from rmr1.terminal import Phase, phase
 
 BAD_ROW = "bad row"
+DAMAGED = "damaged line"
 _TELL_EVERY = 64  # rows
 
 Show = Callable[[str, int, str], AbstractContextManager[Phase]]
@@ -42,35 +45,52 @@ def build(config: BuildConfig, *, show: Show = phase) -> BuildReport:
         ValueError: a source cannot be read, a row is not of its format, no pair is left, or (with
             `strict`) a count is not the expected one.
     """
+    _check_outputs(config)
     folder = Path(config.output.rl).resolve().parent
     try:
         with PairStore(folder, seed=config.seed) as store, ExitStack() as files:
             log = _dropped_log(config, files)
             filters = Filters(config, store)
-            tally = Tally()
+            tally = Tally(store.database)
             for name, source in config.sources.items():
-                total, rows = open_source(source, config.seed)
+                total, rows = open_source(source, config.seed, go_on=config.bad_rows == "drop")
                 with show(f"Read {name}", total, "rows") as bar:
                     _read(name, config, rows, filters, tally, log, bar)
             _draw(config, store)
             report = _report(config, store, filters, tally)
-            _write(config, store, report, files, show)
+            written = _write(config, store, report, files, show)
             if log:
                 log.close()
+            if config.output.report:
+                write_whole(Path(config.output.report), json.dumps(asdict(report), indent=2) + "\n")
+            # Nothing that is left to do needs space.
+            _put_in_place(config, report, written)
+            if log:
                 Path(log.name).replace(Path(config.output.dropped).resolve())
     except sqlite3.Error as error:
         raise ValueError(
             f"{folder}: the working file of the build fails ({error}); free some space, or write"
             " the output elsewhere"
         ) from error
-    if config.output.report:
-        Path(config.output.report).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(Path(config.output.report), json.dumps(asdict(report), indent=2) + "\n")
     return report
 
 
-def open_source(source: SourceConfig, seed: int) -> tuple[int, Iterator[Located]]:
-    """(how many rows, 0 if unknown; the rows) of a source."""
+def _check_outputs(config: BuildConfig) -> None:
+    """Refuse before the work what could not be written after it, and make the folders."""
+    for key in ("rl", "distill", "dropped", "report"):
+        if not (name := getattr(config.output, key)):
+            continue
+        path = Path(name)
+        # The report may go to /dev/stdout; the others are replaced.
+        if path.is_dir() or (path.exists() and not path.is_file() and key != "report"):
+            raise ValueError(f"output.{key}: {path} {instead_of_a_file(path)}; name a file")
+        path.resolve().parent.mkdir(parents=True, exist_ok=True)
+
+
+def open_source(
+    source: SourceConfig, seed: int, *, go_on: bool = False
+) -> tuple[int, Iterator[Located]]:
+    """(how many rows, 0 if unknown; the rows) of a source; `go_on` is that of `rows_of`."""
     if source.hub:
         total, rows = hub_rows(
             source.hub, subset=source.subset, split=source.split, revision=source.revision
@@ -81,7 +101,7 @@ def open_source(source: SourceConfig, seed: int) -> tuple[int, Iterator[Located]
         made = (json.loads(json.dumps(asdict(pair))) for pair in pairs)
         total, rows = len(pairs), ((f"task {at}", row) for at, row in enumerate(made))
     else:
-        total, rows = count_rows(source.path), rows_of(source.path)
+        total, rows = count_rows(source.path), rows_of(source.path, go_on=go_on)
     return total, rows
 
 
@@ -99,21 +119,21 @@ def _read(
     taken = number = 0
     bar.begin(0, bar.total)
     for number, (where, row) in enumerate(rows, start=1):
-        said = row.get("source") if isinstance(row, dict) else None
-        group = said if isinstance(said, str) and said.strip() else name
-        counts = tally.of(name, group)
-        counts.read += 1
-        if group in source.drop or (source.keep and group not in source.keep):
-            counts.left_out += 1
+        group = _group(row) or name
+        tally.count(name, group, "read")
+        if not isinstance(row, Damaged) and (
+            group in source.drop or (source.keep and group not in source.keep)
+        ):
+            tally.count(name, group, "left out")
             continue
         outcome = _keep(name, group, where, row, config, filters)
         if isinstance(outcome, Dropped):
-            counts.drop(outcome.reason)
+            tally.count(name, group, "dropped", outcome.reason)
             if log:
                 told = {"source": group, "row": where, **asdict(outcome)}
                 log.write(json.dumps(told, ensure_ascii=False) + "\n")
-        else:
-            counts.renamed += outcome
+        elif outcome:
+            tally.count(name, group, "renamed")
         taken += 1
         if taken == source.limit:
             break
@@ -123,11 +143,21 @@ def _read(
     bar.reach(number, number)
 
 
+def _group(row: Any) -> str:
+    """The value of a row's column `source`, "" if it has none."""
+    said = row.get("source") if isinstance(row, dict) else None
+    text = said if isinstance(said, str) and said.strip() else ""
+    # Half a character is another test's business; it must not end the counting.
+    return text.encode("utf-8", "replace").decode()
+
+
 def _keep(
     name: str, group: str, where: str, row: Any, config: BuildConfig, filters: Filters
 ) -> Dropped | bool:
     """Store a row as a candidate, or say why not. True: its id was taken and is another now."""
     source = config.sources[name]
+    if isinstance(row, Damaged):
+        return Dropped(DAMAGED, row.reason)
     try:
         candidate = candidate_from_row(row, source.format)
     except Unfit as error:
@@ -164,16 +194,14 @@ def _draw(config: BuildConfig, store: PairStore) -> None:
 
 def _report(config: BuildConfig, store: PairStore, filters: Filters, tally: Tally) -> BuildReport:
     """Count what came out and compare it with what is expected; an error if `strict` says so."""
-    sets = {part: store.counts(part) for part in ("distill", "rl")}
-    report = tally.report(
-        config,
-        kept=store.counts("drawn"),
-        not_drawn=store.not_drawn(),
-        sets=sets,
-        benchmarks=filters.benchmarks.prompts if filters.benchmarks else {},
-    )
-    if not any(sets.values()):
-        raise ValueError("no pair is left after the filters; nothing is written")
+    benchmarks = filters.benchmarks.prompts if filters.benchmarks else {}
+    report = report_of(config, store, tally, benchmarks)
+    if not report.files:
+        reasons: Counter[str] = Counter()
+        for counts in report.sources.values():
+            reasons.update(counts.dropped)
+        most = "".join(f" (most are dropped as: {reason})" for reason, _ in reasons.most_common(1))
+        raise ValueError(f"no pair is left after the filters{most}; nothing is written")
     wrong = expectations(config, report, tally, store.by_origin())
     if wrong and config.strict:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
@@ -184,9 +212,9 @@ def _report(config: BuildConfig, store: PairStore, filters: Filters, tally: Tall
 
 def _write(
     config: BuildConfig, store: PairStore, report: BuildReport, files: ExitStack, show: Show
-) -> None:
-    """Write both sets beside their places, then put them there. An empty set has no file."""
-    done: list[PairWriter] = []
+) -> list[PairWriter]:
+    """Write the sets that have pairs beside their places."""
+    written: list[PairWriter] = []
     parts: list[tuple[Part, str]] = [("distill", config.output.distill), ("rl", config.output.rl)]
     for part, path in parts:
         count = sum(report.sets[part].values())
@@ -200,17 +228,23 @@ def _write(
                 if number % _TELL_EVERY == 0 or number == count:
                     bar.reach(number, count)
         writer.close()
-        done.append(writer)
-    for writer in done:
+        written.append(writer)
+    return written
+
+
+def _put_in_place(config: BuildConfig, report: BuildReport, written: list[PairWriter]) -> None:
+    """Replace the old sets. Of an empty one none stays: its pairs may be in the new other set."""
+    for writer in written:
         writer.finish()
+    for part, path in (("distill", config.output.distill), ("rl", config.output.rl)):
+        if path and part not in report.files:
+            Path(path).resolve().unlink(missing_ok=True)
 
 
 def _dropped_log(config: BuildConfig, files: ExitStack) -> TextIO | None:
     """The list of what is dropped, under a provisional name."""
     if not config.output.dropped:
         return None
-    path = Path(config.output.dropped).resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = provisional(Path(config.output.dropped).resolve())
     files.callback(partial.unlink, missing_ok=True)
     return files.enter_context(partial.open("w", encoding="utf-8"))

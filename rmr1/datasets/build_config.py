@@ -150,7 +150,9 @@ class BuildConfig(Section):
         False, description="a count that is not as expected is an error, not a warning"
     )
     bad_rows: Literal["stop", "drop"] = Field(
-        "stop", description="at a row with other columns or types: stop, or drop and count it"
+        "stop",
+        description="at a row with other columns or types, or a line that is no JSON: stop, or drop"
+        " and count it",
     )
     sources: dict[SourceName, SourceConfig] = Field(
         description="sections [sources.NAME]; the command line sets a key as --sources.NAME.key"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from rich import box
@@ -13,43 +13,21 @@ from rich.text import Text
 
 from rmr1.data import Label
 from rmr1.datasets.build_config import BuildConfig
+from rmr1.datasets.store import PairStore, Part
+from rmr1.datasets.tally import OTHERS, SourceCounts, Tally
 from rmr1.terminal import percent
 
 
 @dataclass
-class SourceCounts:
-    """The rows of one source. Read = left out + dropped + not drawn + kept."""
-
-    read: int = 0
-    left_out: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    not_drawn: int = 0
-    kept: int = 0
-    label_a: int = 0
-    renamed: int = 0
-    expected: int | None = None
-
-    @property
-    def taken(self) -> int:
-        """Rows that went into the filters: what `expect` is compared with."""
-        return self.read - self.left_out
-
-    @property
-    def all_dropped(self) -> int:
-        """Rows that a filter has dropped."""
-        return sum(self.dropped.values())
-
-    def drop(self, reason: str, count: int = 1) -> None:
-        """Count dropped rows."""
-        self.dropped[reason] = self.dropped.get(reason, 0) + count
-
-
-@dataclass
 class BuildReport:
-    """Counts by source, set and benchmark. `mismatches` are sentences; `config` is as resolved."""
+    """Counts by source, set and benchmark. `mismatches` are sentences; `config` is as resolved.
+
+    `files` are those that were written. Of sources beyond the first fifty `others` is the number.
+    """
 
     name: str
     sources: dict[str, SourceCounts]
+    others: int
     sets: dict[str, dict[str, int]]
     labels: dict[str, dict[Label, int]]
     files: dict[str, str]
@@ -58,63 +36,44 @@ class BuildReport:
     config: dict[str, Any]
 
 
-class Tally:
-    """Counts while sources are read, by the value of a row's `source`."""
-
-    def __init__(self) -> None:
-        self.sources: dict[str, SourceCounts] = {}
-        self.groups: dict[str, set[str]] = {}  # source of the config -> values of `source` in it
-
-    def of(self, origin: str, group: str) -> SourceCounts:
-        """The counts of a group of rows, which a source of the config has brought."""
-        self.groups.setdefault(origin, set()).add(group)
-        return self.sources.setdefault(group, SourceCounts())
-
-    @property
-    def kept_share(self) -> float:
-        """The share of taken rows that have passed the filters so far."""
-        taken = sum(counts.taken for counts in self.sources.values())
-        dropped = sum(counts.all_dropped for counts in self.sources.values())
-        return 1 - dropped / max(1, taken)
-
-    def report(
-        self,
-        config: BuildConfig,
-        *,
-        kept: Mapping[str, Mapping[Label, int]],
-        not_drawn: Mapping[str, int],
-        sets: Mapping[str, Mapping[str, Mapping[Label, int]]],
-        benchmarks: Mapping[str, int],
-    ) -> BuildReport:
-        """Everything counted, with what the store has in the end."""
-        for source in config.sources.values():
-            # A source that is read in part has other counts.
-            for group, count in source.expect.items() if source.limit is None else ():
-                self.sources.setdefault(group, SourceCounts()).expected = count
-        for group, counts in self.sources.items():
-            sides = kept.get(group, {"A": 0, "B": 0})
-            counts.kept, counts.label_a = sides["A"] + sides["B"], sides["A"]
-            counts.not_drawn = not_drawn.get(group, 0)
-        labels: dict[str, dict[Label, int]] = {
-            part: {
-                "A": sum(sides["A"] for sides in groups.values()),
-                "B": sum(sides["B"] for sides in groups.values()),
-            }
-            for part, groups in sets.items()
+def report_of(
+    config: BuildConfig, store: PairStore, tally: Tally, benchmarks: Mapping[str, int]
+) -> BuildReport:
+    """Everything counted: rows as they were read, and what the store has in the end."""
+    named = [
+        value
+        for source in config.sources.values()
+        for value in (*source.keep, *source.drop, *source.expect)
+    ]
+    shown = tally.shown(named)
+    sources = tally.counts(shown, store.counts("drawn", shown), store.not_drawn(shown))
+    for source in config.sources.values():
+        # A source that is read in part has other counts.
+        for value, count in source.expect.items() if source.limit is None else ():
+            sources.setdefault(value, SourceCounts()).expected = count
+    paths: dict[Part, str] = {"distill": config.output.distill, "rl": config.output.rl}
+    sets = {part: store.counts(part, shown) for part in paths}
+    labels: dict[str, dict[Label, int]] = {
+        part: {
+            "A": sum(sides["A"] for sides in groups.values()),
+            "B": sum(sides["B"] for sides in groups.values()),
         }
-        return BuildReport(
-            name=config.name,
-            sources=self.sources,
-            sets={
-                part: {group: sides["A"] + sides["B"] for group, sides in groups.items()}
-                for part, groups in sets.items()
-            },
-            labels=labels,
-            files={"distill": config.output.distill, "rl": config.output.rl},
-            benchmark_prompts=dict(benchmarks),
-            mismatches=[],
-            config=config.model_dump(),
-        )
+        for part, groups in sets.items()
+    }
+    return BuildReport(
+        name=config.name,
+        sources=sources,
+        others=tally.others(shown),
+        sets={
+            part: {name: sides["A"] + sides["B"] for name, sides in groups.items()}
+            for part, groups in sets.items()
+        },
+        labels=labels,
+        files={part: path for part, path in paths.items() if sets[part]},
+        benchmark_prompts=dict(benchmarks),
+        mismatches=[],
+        config=config.model_dump(),
+    )
 
 
 def expectations(
@@ -134,7 +93,7 @@ def expectations(
             wrong += [
                 f"sources.{name}.{key} names {value!r}, which no row has"
                 for value in values
-                if source.limit is None and value not in tally.groups.get(name, ())
+                if source.limit is None and not tally.has(name, value)
             ]
         if source.sample is not None and by_origin.get(name, 0) < source.sample:
             wrong.append(
@@ -174,7 +133,7 @@ def _source_table(report: BuildReport) -> Table:
     for counts in report.sources.values():
         for name in ("read", "left_out", "not_drawn", "kept", "label_a"):
             setattr(total, name, getattr(total, name) + getattr(counts, name))
-        total.drop("any", counts.all_dropped)
+        total.add("dropped", "any", counts.all_dropped)
     # Columns of a step that the build does not have are left away.
     shown = [name for name, cell in _cells(total).items() if cell.plain != "0"]
     if any(counts.expected is not None for counts in report.sources.values()):
@@ -182,11 +141,16 @@ def _source_table(report: BuildReport) -> Table:
     table = _table(f"{report.name}: rows by source", "Source", *shown, left=1)
     for group, counts in report.sources.items():
         cells = _cells(counts)
-        table.add_row(Text(group), *(cells.get(name, Text("-")) for name in shown))
+        table.add_row(_title(report, group), *(cells.get(name, Text("-")) for name in shown))
     table.add_section()
     cells = _cells(total)
     table.add_row("all", *(cells.get(name, Text("")) for name in shown), style="bold")
     return table
+
+
+def _title(report: BuildReport, group: str) -> Text:
+    """What a source is called in a table."""
+    return Text(f"{report.others:,} others" if group == OTHERS else group)
 
 
 def _cells(counts: SourceCounts) -> dict[str, Text]:
@@ -211,7 +175,8 @@ def _reason_table(report: BuildReport) -> Table:
     for group, counts in report.sources.items():
         reasons = sorted(counts.dropped.items(), key=lambda item: -item[1])
         for at, (reason, count) in enumerate(reasons):
-            table.add_row(Text("" if at else group), Text(reason), f"{count:,}")
+            title = Text("") if at else _title(report, group)
+            table.add_row(title, Text(reason), f"{count:,}")
     return table
 
 
@@ -219,8 +184,8 @@ def _set_table(report: BuildReport) -> Table:
     table = _table("Written", "Set", "File", "Pairs", "A", "B", left=2)
     for part, groups in report.sets.items():
         count = sum(groups.values())
-        if count or report.files[part]:
+        if count or report.config["output"][part]:
             sides = report.labels[part]
-            file = report.files[part] if count else "(empty, not written)"
+            file = report.files.get(part, "(empty, no file)")
             table.add_row(part, Text(file), f"{count:,}", f"{sides['A']:,}", f"{sides['B']:,}")
     return table

@@ -1,15 +1,18 @@
 """Contamination: training prompts that a benchmark asks too.
 
-A conversation is compared by its user turns with every benchmark prompt. It is contaminated
+What the user says in a conversation, as a whole and each turn by itself, is compared with every
+benchmark prompt. It is contaminated
 
-- if the two are the same words in the same order (case and punctuation aside), or
+- if the two are the same words in the same order (case and punctuation aside),
+- if a turn holds the whole of a prompt under 13 words, one word after the other, or
 - if they share so many runs of 13 words that these are the share `overlap` or more of the shorter
   one's runs: one text that contains the other counts however long that one is.
 
-Prompts under 13 words have no such run; they are found by the first rule only. Answers are not
-looked at: the same instruction is what a judge could have learned by heart.
+Prompts under 5 words or 20 characters are found by the first rule only: "What is suicide?" is part
+of many other questions, and where every character counts as a word five of them say little. Answers
+are not looked at: the same instruction is what a judge could have learned by heart.
 
-Legend: G runs of all benchmark prompts, H runs of one conversation.
+Legend: G runs of all benchmark prompts, H runs of one text.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +29,11 @@ from numpy.typing import NDArray
 
 from rmr1.data import Message
 from rmr1.datasets.row_files import rows_of
-from rmr1.datasets.shingles import Hashes, ngrams, words
+from rmr1.datasets.shingles import Hashes, runs, word_codes, words
 
 RUN = 13  # words, as GPT-3's authors and most since have it
+# What a prompt must have to be looked for inside longer turns.
+LEAST_WORDS, LEAST_CHARACTERS = 5, 20
 _FIELDS = ("prompt", "conversation_input")
 
 
@@ -67,7 +73,7 @@ def benchmark_prompts(path: str | Path) -> Iterator[tuple[str, str]]:
 
 
 class Benchmarks:
-    """The prompts of benchmarks, ready to be looked up. Their runs are held in memory.
+    """The prompts of benchmarks, ready to be looked up. They are held in memory.
 
     Args:
         paths: benchmark -> file or folder.
@@ -79,30 +85,59 @@ class Benchmarks:
         self.prompts = dict.fromkeys(paths, 0)
         self._items: list[tuple[str, str]] = []
         self._same: dict[str, int] = {}
+        self._short: dict[int, list[tuple[list[str], int]]] = {}  # by their first words
         sizes: list[int] = []
-        runs: list[Hashes] = []
+        every: list[Hashes] = []
         for name, path in paths.items():
             for where, text in benchmark_prompts(path):
-                key = " ".join(words(text))
+                found = words(text)
+                key = " ".join(found)
                 if key in self._same or not key:
                     continue  # RM-Bench and RMB ask most of their prompts more than once
-                self._same[key] = len(self._items)
+                item = self._same[key] = len(self._items)
                 self._items.append((name, where))
                 self.prompts[name] += 1
-                runs.append(ngrams(text, RUN))
-                sizes.append(len(runs[-1]))
+                codes = word_codes(found)
+                every.append(np.unique(runs(codes, RUN)))
+                sizes.append(len(every[-1]))
+                if LEAST_WORDS <= len(found) < RUN and len(key) >= LEAST_CHARACTERS:
+                    start = int(runs(codes, LEAST_WORDS)[0])
+                    self._short.setdefault(start, []).append((found, item))
+        self._starts = np.array(list(self._short), np.uint64)
         self._sizes = sizes
-        every = np.concatenate(runs) if runs else np.empty(0, np.uint64)  # [G]
-        order = np.argsort(every, kind="stable")
-        self._runs: Hashes = every[order]
+        together = np.concatenate(every) if every else np.empty(0, np.uint64)  # [G]
+        order = np.argsort(together, kind="stable")
+        self._runs: Hashes = together[order]
         self._owner: NDArray[np.int64] = np.repeat(np.arange(len(sizes)), sizes)[order]
 
     def hit(self, conversation: Sequence[Message]) -> Hit | None:
         """The benchmark prompt that a conversation repeats most of, or None."""
-        text = asked(conversation)
-        if (same := self._same.get(" ".join(words(text)))) is not None:
-            return Hit(*self._items[same], 1.0)
-        own = ngrams(text, RUN)  # [H]
+        turns = [words(turn["content"]) for turn in conversation if turn["role"] == "user"]
+        texts = [list(chain.from_iterable(turns)), *(turns if len(turns) > 1 else [])]
+        for text in texts:
+            if (same := self._same.get(" ".join(text))) is not None:
+                return Hit(*self._items[same], 1.0)
+        codes = [word_codes(text) for text in texts]
+        # Not in the turns as one text: its words would run on from turn to turn.
+        for turn, own in zip(turns, codes[len(texts) - len(turns) :], strict=True):
+            if (held := self._held(turn, own)) is not None:
+                return Hit(*self._items[held], 1.0)
+        found = [hit for own in codes if (hit := self._common(np.unique(runs(own, RUN))))]
+        return max(found, key=lambda hit: hit.overlap, default=None)
+
+    def _held(self, turn: list[str], codes: Hashes) -> int | None:
+        """The longest short prompt of which a turn holds all words in a row."""
+        starts = runs(codes, LEAST_WORDS)
+        held = [
+            (len(wanted), item)
+            for at in np.flatnonzero(np.isin(starts, self._starts))
+            for wanted, item in self._short[int(starts[at])]
+            if turn[at : at + len(wanted)] == wanted
+        ]
+        return max(held)[1] if held else None
+
+    def _common(self, own: Hashes) -> Hit | None:
+        """The prompt that has most of the runs [H] of a text, if these are enough."""
         first = np.searchsorted(self._runs, own, "left")
         last = np.searchsorted(self._runs, own, "right")
         common: Counter[int] = Counter()

@@ -15,6 +15,7 @@ from rmr1.datasets.sources import NO_USER_TURN, Candidate
 from rmr1.datasets.store import PairStore
 from rmr1.prompts import encode, load_prompt
 
+EMPTY_PROMPT = "empty prompt"
 EMPTY_ANSWER = "empty answer"
 SAME_ANSWERS = "identical answers"
 STRAY_TOKEN = "stray token"
@@ -42,6 +43,8 @@ def unfit(candidate: Candidate, stray_tokens: list[str]) -> Dropped | None:
     texts = [turn["content"] for turn in candidate.conversation]
     if not candidate.conversation or candidate.conversation[-1]["role"] != "user":
         return Dropped(NO_USER_TURN)
+    if not texts[-1].strip():
+        return Dropped(EMPTY_PROMPT)
     if not candidate.chosen.strip() or not candidate.rejected.strip():
         return Dropped(EMPTY_ANSWER)
     if candidate.chosen.strip() == candidate.rejected.strip():

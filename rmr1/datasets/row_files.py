@@ -12,12 +12,12 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rmr1.data import Pair, instead_of_a_file, read_rows
+from rmr1.data import Pair, instead_of_a_file, provisional, read_rows
 
 ENDINGS = (".jsonl", ".json", ".parquet")
 _READ_AT_ONCE = 64  # rows of a Parquet file
@@ -46,8 +46,12 @@ def files_of(path: str | Path) -> list[Path]:
     return [path]
 
 
-def rows_of(path: str | Path) -> Iterator[Located]:
-    """The rows of a file or folder. ValueError names the file and the place where it is damaged."""
+def rows_of(path: str | Path, *, go_on: bool = False) -> Iterator[Located]:
+    """The rows of a file or folder. ValueError names the file and the place where it is damaged.
+
+    With `go_on` a damaged line of JSONL is a row of the kind `Damaged`. In a list and in Parquet
+    nobody can tell where the next row begins.
+    """
     for file in files_of(path):
         if file.suffix == ".parquet":
             for number, row in parquet_rows(file):
@@ -55,7 +59,7 @@ def rows_of(path: str | Path) -> Iterator[Located]:
         elif file.suffix == ".json" and _starts_a_list(file):
             yield from _list_items(file)
         else:
-            for number, row in read_rows(file):
+            for number, row in read_rows(file, go_on=go_on):
                 yield f"{file}, line {number}", row
 
 
@@ -95,6 +99,12 @@ def _list_items(path: Path) -> Iterator[Located]:
             at = 0
             continue
         if text.startswith("]", gap.end()):
+            rest = chain([text[gap.end() + 1 :]], chunks)
+            if any(more.strip(" \t\r\n") for more in rest):
+                raise ValueError(
+                    f"{path}: after the list of {number:,} rows the file goes on; put all rows into"
+                    " one list, or one on each line without a list"
+                )
             return
         try:
             if bool(gap[1]) != (number > 0):
@@ -238,7 +248,7 @@ class PairWriter:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).resolve()  # a link stays a link
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._partial = self.path.with_name(f".{self.path.name}.partial")
+        self._partial = provisional(self.path)
         self._rows: list[dict[str, Any]] = []
         self._parquet = _parquet_writer(self._partial) if path_is_parquet(path) else None
         self._text = None if self._parquet else self._partial.open("w", encoding="utf-8")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import unicodedata
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,27 +41,31 @@ def mix(values: Hashes) -> Hashes:
     return values ^ (values >> np.uint64(31))
 
 
-def _runs(codes: Hashes, n: int) -> Hashes:
-    """A hash of every run of n neighbours, repeats once; of all if there are fewer."""
-    if not len(codes):
-        return codes
-    n = min(n, len(codes))
+def runs(codes: Hashes, n: int) -> Hashes:
+    """A hash of every run of n neighbours, in their order; none if there are fewer."""
+    if len(codes) < n:
+        return np.empty(0, np.uint64)
     total = np.zeros(len(codes) - n + 1, np.uint64)  # [C - n + 1]
     for offset in range(n):  # Horner's rule, for all runs at once, modulo 2**64
         total = total * _BASE + codes[offset : len(codes) - n + 1 + offset]
-    return np.unique(mix(total))
+    return mix(total)
 
 
 def shingles(text: str, n: int = 8) -> Hashes:
     """The distinct runs of n characters of a text, sorted; a shorter text is one run."""
     codes = np.frombuffer(normal(text).encode("utf-32-le", "surrogatepass"), np.uint32)
-    return _runs(mix(codes.astype(np.uint64) + np.uint64(1)), n)
+    return np.unique(runs(mix(codes.astype(np.uint64) + np.uint64(1)), min(n, len(codes))))
+
+
+def word_codes(found: Sequence[str]) -> Hashes:
+    """A number for every word, ready for `runs`."""
+    codes = [zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in found]
+    return mix(np.array(codes, np.uint64))
 
 
 def ngrams(text: str, n: int) -> Hashes:
     """The distinct runs of n words of a text, sorted; none if it has fewer words."""
-    found = [zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in words(text)]
-    return _runs(mix(np.array(found, np.uint64)), n) if len(found) >= n else np.empty(0, np.uint64)
+    return np.unique(runs(word_codes(words(text)), n))
 
 
 def jaccard(left: Hashes, right: Hashes) -> float:

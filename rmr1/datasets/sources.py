@@ -24,6 +24,7 @@ NO_USER_TURN = "no user turn last"
 OTHER_CONVERSATIONS = "two conversations"
 NO_ASSISTANT = "no assistant turn last"
 NO_RIGHT_VERDICT = "trace without the right verdict"
+NOT_APART = "answers not told apart"
 
 
 class Unfit(Exception):
@@ -158,6 +159,18 @@ def _math_step_dpo(row: dict[str, Any]) -> Candidate:
     return Candidate(_user(_text(row, "prompt")), good, bad)
 
 
+def _joined(given: tuple[Message, ...], own: tuple[Message, ...]) -> tuple[Message, ...]:
+    """A prompt and the turns after it, which may begin with the prompt's last ones once more.
+
+    Either may be without the system turns, so these are compared by themselves.
+    """
+    heads = [tuple(takewhile(lambda turn: turn["role"] == "system", part)) for part in (given, own)]
+    told, heard = given[len(heads[0]) :], own[len(heads[1]) :]
+    most = min(len(told), len(heard))
+    common = next(n for n in range(most, -1, -1) if told[len(told) - n :] == heard[:n])
+    return (heads[1] or heads[0]) + told + heard[common:]
+
+
 def _trl(row: dict[str, Any]) -> Candidate:
     """TRL's preference format: texts or messages, the prompt in its column or in both answers."""
     _need(row, "trl", "chosen", "rejected")
@@ -170,8 +183,7 @@ def _trl(row: dict[str, Any]) -> Candidate:
     if isinstance(row["chosen"], list) and isinstance(row["rejected"], list):
         own, good, bad = _from_conversations(_messages(row, "chosen"), _messages(row, "rejected"))
         # Some sets have the prompt in its column and in both conversations as well.
-        repeated = own[: len(given)] == given or (isinstance(prompt, str) and own)
-        shared = own if repeated else given + own
+        shared = own if isinstance(prompt, str) and own else _joined(given, own)
     else:
         good, bad, shared = _text(row, "chosen"), _text(row, "rejected"), given
         if prompt is None:
@@ -210,27 +222,33 @@ def _pairs(row: dict[str, Any]) -> Candidate:
     )
 
 
-# The layouts in which RM-R1's published sets show a pair, and their speakers. The misspelt name
-# stands in side B of some of them, and only where A is better.
+# The layouts in which RM-R1's published sets show a pair, and their speakers. Models that think by
+# themselves are told what to do in the same turn, before and after it. The misspelt name stands in
+# side B of some of them, and only where A is better.
 _ONE_TURN = re.compile(
-    r"\[Client Question\]\n(.*)\n\n\[The Start of Chatbot A's Response\]\n(.*)\n"
+    r"^\[Client Question\]\n(.*)\n\n\[The Start of Chatbot A's Response\]\n(.*)\n"
     r"\[The End of Chatbot A's Response\]\n\n\[The Start of Chatbot B's Response\]\n(.*)\n"
-    r"\[The End of Chatbot B's Response\]\s*",
-    re.DOTALL,
+    r"\[The End of Chatbot B's Response\]\s*$",
+    re.DOTALL | re.MULTILINE,
 )
 _TURNS = re.compile(
-    r"\[The Start of the Conversation between Chatbot A and the Client\]\n(.*)\n"
+    r"^\[The Start of the Conversation between Chatbot A and the Client\]\n(.*)\n"
     r"\[The End of the Conversation between Chatbot A and the Client\]\n\n"
     r"\[The Start of the Conversation between Chatbot B and the Client\]\n(.*)\n"
-    r"\[The End of the Conversation between Chatbot B and the Client\]\s*",
-    re.DOTALL,
+    r"\[The End of the Conversation between Chatbot B and the Client\]\s*$",
+    re.DOTALL | re.MULTILINE,
+)
+_MARK = re.compile(
+    r"^\[(?:Client Question|The (?:Start|End) of (?:Chatbot [AB]'s Response|the Conversation"
+    r" between Chatbot [AB] and the Client))\](?=\s*$)",
+    re.MULTILINE,
 )
 _SPEAKER = re.compile(r"^(User|Chatbot A|Chatbot B|Chabot B): ", re.MULTILINE)
 _SIDES: dict[str, Label] = {"model_a": "A", "model_b": "B"}
 
 
 def _speeches(text: str) -> tuple[Message, ...]:
-    """A printed conversation as messages; ValueError where speakers do not take turns."""
+    """A printed conversation as messages; `Unfit` where speakers do not take turns."""
     parts = _SPEAKER.split(text)
     turns: list[Message] = []
     for speaker, said in zip(parts[1::2], parts[2::2], strict=True):
@@ -238,7 +256,7 @@ def _speeches(text: str) -> tuple[Message, ...]:
         turns.append({"role": role, "content": said.removesuffix("\n")})
     whole = not parts[0] and len(turns) % 2 == 0
     if not whole or any((turn["role"] == "user") != (at % 2 == 0) for at, turn in enumerate(turns)):
-        raise ValueError("the conversations in context_messages cannot be told apart into turns")
+        raise Unfit(NOT_APART)  # a turn that begins a line with "User: ", say
     return tuple(turns)
 
 
@@ -247,20 +265,23 @@ def _rm_r1(row: dict[str, Any]) -> Candidate:
     _need(row, "rm-r1", "context_messages", "winner")
     prompt, winner = _messages(row, "context_messages"), _text(row, "winner")
     shown = prompt[-1]["content"] if prompt else ""
-    if one := _ONE_TURN.fullmatch(shown):
-        shared, answers = _user(one[1]), (one[2], one[3])
-    elif both := _TURNS.fullmatch(shown):
-        shared, *answers_ = _from_conversations(_speeches(both[1]), _speeches(both[2]))
-        answers = (answers_[0], answers_[1])
+    marks = _MARK.findall(shown)
+    found = _ONE_TURN.search(shown) or _TURNS.search(shown)
+    if not found or len(set(marks)) < len(marks):  # then a text holds a mark, and could end there
+        raise Unfit(NOT_APART)
+    if found.re is _ONE_TURN:
+        shared, answers = _user(found[1]), (found[2], found[3])
     else:
-        raise ValueError(
-            "the last of context_messages shows no two answers in one of RM-R1's layouts"
-        )
+        shared, *both = _from_conversations(_speeches(found[1]), _speeches(found[2]))
+        answers = (both[0], both[1])
     if winner in _SIDES:
         good, bad = answers if winner == "model_a" else answers[::-1]
         return Candidate(shared, good, bad)
     verdict = parse_verdict(winner)
-    right = verdict.answer if "ground_truth" not in row else _SIDES.get(row["ground_truth"])
+    truth = row.get("ground_truth")
+    if not isinstance(truth, str | None):
+        raise ValueError(f'column "ground_truth" must be a text, got {truth!r:.80}')
+    right = verdict.answer if "ground_truth" not in row else _SIDES.get(truth or "")
     if verdict.answer is None or verdict.answer == "tie" or verdict.answer != right:
         raise Unfit(NO_RIGHT_VERDICT)
     good, bad = answers if verdict.answer == "A" else answers[::-1]

@@ -1,9 +1,9 @@
 """The pairs of a build while it runs: a temporary SQLite file, so that memory does not grow.
 
 Which pairs are drawn from a source, which are distilled, which side the better answer is on and in
-what order pairs are written are decided by four keyed hashes of a pair's id. So they depend on the
-seed and on the set of pairs alone, not on the order in which sources were read, and none of the
-four says anything about another.
+what order pairs are written are decided by four keyed hashes of what a pair says, in either order
+of its answers. So they depend on the seed and on the set of pairs alone, not on the order in which
+sources were read nor on ids, and none of the four says anything about another.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
@@ -19,14 +19,16 @@ from typing import Any, Literal
 
 from rmr1.data import Label, Pair
 from rmr1.datasets.sources import Candidate
+from rmr1.datasets.tally import OTHERS
 
 Part = Literal["rl", "distill"]
+SMALL = 32  # pairs of a source: with fewer it is balanced together with other small ones
 
 _TABLES = """
 CREATE TABLE pair (
     key INTEGER PRIMARY KEY, id TEXT UNIQUE, content TEXT UNIQUE, origin TEXT, source TEXT,
-    traced INTEGER, label TEXT, draw INTEGER, pick INTEGER, side INTEGER, place INTEGER,
-    distill INTEGER DEFAULT 0, rl INTEGER DEFAULT 0, drawn INTEGER DEFAULT 1
+    traced INTEGER, label TEXT, lot INTEGER, draw INTEGER, pick INTEGER, side INTEGER,
+    place INTEGER, distill INTEGER DEFAULT 0, rl INTEGER DEFAULT 0, drawn INTEGER DEFAULT 1
 );
 CREATE TABLE body (key INTEGER PRIMARY KEY, candidate TEXT);
 """
@@ -88,12 +90,13 @@ class PairStore:
             name = f"{name}#{content}"
         self._count += 1
         self.database.execute(
-            "INSERT INTO pair (key, id, content, origin, source, traced, label, draw, pick, side,"
-            " place) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO pair (key, id, content, origin, source, traced, label, lot, draw, pick,"
+            " side, place) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 self._count, name, content, origin, candidate.source,
                 int(bool(candidate.trace)), candidate.label,
-                *(self._hash(use, name) for use in ("draw", "pick", "side", "place")),
+                self._hash("lot", candidate.source),
+                *(self._hash(use, content) for use in ("draw", "pick", "side", "place")),
             ),
         )  # fmt: skip
         text = json.dumps({**asdict(candidate), "id": name}, ensure_ascii=False)
@@ -123,18 +126,23 @@ class PairStore:
     def place(self) -> None:
         """Put the better answer of every other pair of a source on side A, in a random order.
 
-        Each source has as many of A as of B, or one more, in the distillation set and in the RL
-        set. A traced pair keeps the side that its trace speaks of and is not counted.
+        Each source has as many A as B, or one more, in the distillation set and in the RL set; so
+        have the small ones taken together, which could all have their odd one on the same side.
+        A traced pair keeps the side that its trace speaks of and is not counted.
         """
+        self.database.execute(
+            "CREATE TABLE small AS SELECT lot FROM pair WHERE drawn AND NOT traced GROUP BY lot"
+            f" HAVING count(*) < {SMALL}"
+        )
+        rows = self.database.execute(
+            "SELECT key, CASE WHEN lot IN (SELECT lot FROM small) THEN 0 ELSE lot END AS heap"
+            " FROM pair WHERE drawn AND NOT traced ORDER BY heap, distill DESC, lot, side"
+        )
         before, label = None, "A"
         chosen: list[tuple[str, int]] = []
-        rows = self.database.execute(
-            "SELECT key, source FROM pair WHERE drawn AND NOT traced"
-            " ORDER BY source, distill DESC, side"
-        )
-        for key, source in rows:
-            if source != before:  # which side an odd one takes is random too
-                before, label = source, "AB"[self._hash("odd", source) % 2]
+        for key, heap in rows:
+            if heap != before:  # which side an odd one takes is random too
+                before, label = heap, "AB"[self._hash("odd", str(heap)) % 2]
             chosen.append((label, key))
             label = "B" if label == "A" else "A"
             if len(chosen) == 1024:
@@ -156,14 +164,21 @@ class PairStore:
         for label, text in rows:
             yield _decoded(text).pair(label)
 
-    def counts(self, part: Part | Literal["drawn"]) -> dict[str, dict[Label, int]]:
-        """Source -> label -> how many pairs of a set (or of all that are left)."""
+    def counts(
+        self, part: Part | Literal["drawn"], shown: Sequence[str]
+    ) -> dict[str, dict[Label, int]]:
+        """Source -> label -> how many pairs of a set (or of all that are left).
+
+        Sources that are not among those `shown` are one, called `tally.OTHERS`.
+        """
         found: dict[str, dict[Label, int]] = {}
         rows = self.database.execute(
-            f"SELECT source, label, count(*) FROM pair WHERE {part} GROUP BY source, label"
+            f"SELECT {_named(shown)} AS name, label, count(*) FROM pair WHERE {part}"
+            " GROUP BY name, label",
+            shown,
         )
-        for source, label, count in rows:
-            found.setdefault(source, {"A": 0, "B": 0})[label] = count
+        for name, label, count in rows:
+            found.setdefault(name, {"A": 0, "B": 0})[label] = count
         return found
 
     def by_origin(self) -> dict[str, int]:
@@ -174,13 +189,20 @@ class PairStore:
             ).fetchall()
         )
 
-    def not_drawn(self) -> dict[str, int]:
+    def not_drawn(self, shown: Sequence[str]) -> dict[str, int]:
         """Source -> how many pairs its sample left out."""
         return dict(
             self.database.execute(
-                "SELECT source, count(*) FROM pair WHERE NOT drawn GROUP BY source"
+                f"SELECT {_named(shown)} AS name, count(*) FROM pair WHERE NOT drawn GROUP BY name",
+                shown,
             ).fetchall()
         )
+
+
+def _named(shown: Sequence[str]) -> str:
+    """The source of a pair if it is shown by itself, as SQL."""
+    slots = ",".join("?" * len(shown))
+    return f"CASE WHEN source IN ({slots}) THEN source ELSE '{OTHERS}' END"
 
 
 def _decoded(text: str) -> Candidate:

@@ -6,8 +6,9 @@ file's and validated together, so that every error can name where its key stands
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 from pydantic_settings import (
     BaseSettings,
@@ -20,6 +21,9 @@ from rmr1.config import dotted, load_config, named_sections
 
 # Arguments come from the command line and the file only: no variable has this prefix.
 SETTINGS = SettingsConfigDict(frozen=True, extra="forbid", env_prefix="RMR1_UNUSED_")
+
+# Not "None": that is an answer a judge may be asked about.
+_UNSET = "unset"
 
 
 class Verb(BaseSettings):
@@ -51,8 +55,7 @@ def parse(kind: type[VerbT], args: Sequence[str], *, prog: str) -> VerbT:
             cli_avoid_json=True,
             # What is required may stand in the file; without one the parser can tell.
             cli_enforce_required="config_file" not in kind.model_fields,
-            # Not "None": that is an answer a judge may be asked about.
-            cli_parse_none_str="unset",
+            cli_parse_none_str=_UNSET,
             cli_exit_on_error=False,
             cli_implicit_flags=True,
         )
@@ -73,13 +76,36 @@ def _of_named_sections(kind: type[VerbT], args: Sequence[str]) -> tuple[list[str
     inside: dict[str, Any] = {}
     words = iter(args)
     for word in words:
-        key, equals, value = word.removeprefix("--").partition("=")
+        key, equals, text = word.removeprefix("--").partition("=")
         parts = key.split(".")
-        if not word.startswith("--") or len(parts) < 3 or parts[0] not in named_sections(kind):
+        section = named_sections(kind).get(parts[0])
+        if not word.startswith("--") or len(parts) < 3 or section is None:
             plain.append(word)
             continue
-        given = value if equals else next(words, None)
+        given = text if equals else next(words, None)
         if given is None:
             raise ValueError(f"argument --{key}: expected one argument")
-        inside[key] = given
+        field = section.model_fields.get(parts[2]) if len(parts) == 3 else None
+        value = given if field is None else _value(key, get_origin(field.annotation), given)
+        # A list may come in parts, as with the parser's own options.
+        inside[key] = [*(inside.get(key) or []), *value] if isinstance(value, list) else value
     return plain, inside
+
+
+def _value(key: str, origin: Any, text: str) -> Any:
+    """What the parser makes of a text for a list (JSON or a,b) or a dict (JSON or a=1,b=2)."""
+    if text == _UNSET:
+        return None
+    if origin not in (list, dict):
+        return text
+    if text.lstrip().startswith("[" if origin is list else "{"):
+        try:
+            return json.loads(text)
+        except (RecursionError, ValueError) as error:
+            raise ValueError(f"argument --{key}: no JSON ({error})") from None
+    items = [item.strip() for item in text.split(",") if item.strip()]
+    if origin is list:
+        return items
+    if not all("=" in item for item in items):
+        raise ValueError(f"argument --{key}: write NAME=VALUE,NAME=VALUE or JSON, got {text!r}")
+    return dict(item.rsplit("=", 1) for item in items)

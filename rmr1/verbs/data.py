@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Literal
 
@@ -18,6 +21,16 @@ from rmr1.data import read_pairs, write_pairs
 from rmr1.datasets.build_config import BuildConfig
 from rmr1.tasks.catalog import draw_pairs
 from rmr1.verbs.arguments import SETTINGS, Verb
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM end the work at once, as Ctrl-C does: a build has nothing to save half-way."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class DataBuild(BuildConfig, Verb):
@@ -40,7 +53,8 @@ class DataBuild(BuildConfig, Verb):
         from rmr1.datasets.build_report import print_build
 
         config = BuildConfig.model_validate(self.model_dump(include=set(BuildConfig.model_fields)))
-        report = build(config)
+        with _sigterm_as_ctrl_c():  # what is provisional goes before the process does
+            report = build(config)
         if self.json_output:
             print(json.dumps(asdict(report)))
         else:
@@ -59,7 +73,7 @@ class Data(Verb):
     """
 
     what: CliPositionalArg[Literal["build", "tasks", "check"]]
-    output: str = Field("pairs.jsonl", description="tasks: the JSONL file to write")
+    output: str = Field("pairs.jsonl", description="tasks: the file to write, JSONL or Parquet")
     input: str = Field("", description="check: the file to read, JSONL or Parquet")
     count: int = Field(1000, ge=1, description="tasks: how many pairs")
     seed: int = Field(0, ge=0, description="tasks: the same seed gives the same pairs")
