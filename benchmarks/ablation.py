@@ -14,7 +14,7 @@ as many steps as distillation does. Then every arm gets the same RL.
     classified      with the type of the task too, then RL
     rm_r1           distilled from right traces of the whole format, then RL
     distilled       distilled only
-    answers         SFT on right verdicts alone, on all pairs that rm_r1 sees
+    answers         SFT on right verdicts alone, on all pairs that rm_r1 sees, four times
 
 Each (arm, seed) has its folder, shared by processes as those of learning_curves.py are.
 """
@@ -52,6 +52,8 @@ from rmr1.terminal import phase
 DEMO = RlPlan()
 SEEDS = (0, 1, 2)
 STEPS, PROMPTS = 8, 32  # of RL, as in learning_curves.py
+# Over the verdicts alone, 608 pairs: as many sequences as distillation and RL see (352 + 2,048).
+EPOCHS = 4
 
 TYPE = re.compile(r"<type>.*?</type>\n", re.DOTALL)
 HEAD = re.compile(r"<(solution|rubric)>.*?</\1>\n", re.DOTALL)
@@ -126,7 +128,10 @@ def fine_tuned(arm: Arm, config: DemoConfig) -> Path:
         write_pairs(path, pairs_of(arm, config))
     base = sft_config(config)
     stage: SftConfig = base.model_copy(
-        update={"data": DataConfig(path=str(path), seed=base.data.seed)}
+        update={
+            "data": DataConfig(path=str(path), seed=base.data.seed),
+            "epochs": EPOCHS if arm.verdict_only else base.epochs,
+        }
     )
     with phase(f"SFT {config.name}", 1, "steps") as bar:
         return distill(
