@@ -1,7 +1,8 @@
 """Requests of an event loop, answered by one generator on a thread of its own, in one batch.
 
 The generator is for one thread at a time; the thread here owns it. A request joins the batch as
-soon as the step in progress is done, and leaves it when nobody waits for it any more.
+soon as the step in progress is done, and leaves it when nobody waits for it any more. How many may
+come is not decided here but in places.py.
 """
 
 from __future__ import annotations
@@ -11,17 +12,16 @@ import contextlib
 import logging
 import queue
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 from rmr1.engine.generator import Generator, Rollout, SamplingParams
 from rmr1.engine.rollout_stream import Piece, RolloutStream
+from rmr1.serving.errors import GeneratorFailed, ShuttingDown
 
 _log = logging.getLogger(__name__)
 
-
-class Busy(Exception):
-    """There are as many requests as are allowed."""
+_FAILURES = 3  # in a row, after which a generator is not healthy
 
 
 @dataclass(eq=False, slots=True)
@@ -42,16 +42,21 @@ class _Job:
 
 
 class Batching:
-    """A running generator. `most` requests may be open at a time."""
+    """A running generator; `count(prompt, completion)` is told of tokens as they are done."""
 
-    def __init__(self, generator: Generator, *, most: int) -> None:
-        self.generator, self.most = generator, most
-        self.open = 0  # only the event loop counts
+    def __init__(self, generator: Generator, count: Callable[[int, int], None]) -> None:
+        self.generator, self._count = generator, count
         self._inbox: queue.SimpleQueue[tuple[str, _Job | None]] = queue.SimpleQueue()
         self._jobs: dict[int, _Job] = {}  # by number, only the thread touches it
         self._thread = threading.Thread(target=self._run, name="rmr1-generator", daemon=True)
-        self._stopping = False
+        self._stopping = self._ended = False
+        self._failures = 0  # since a sample was last finished
         self._thread.start()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the thread is there, and its last steps have not all failed."""
+        return not self._ended and self._failures < _FAILURES
 
     def stop(self, timeout: float) -> None:
         """Let go of what is running and end the thread."""
@@ -62,7 +67,7 @@ class Batching:
         """All samples of a prompt. Cancelled, it takes them out of the batch.
 
         Raises:
-            Busy: too many requests are open.
+            GeneratorFailed: a step did, or the thread has ended.
             ValueError: as `Generator.generate`.
         """
         found = {}
@@ -79,12 +84,9 @@ class Batching:
     async def _items(
         self, prompt: list[int], params: SamplingParams, *, texts: bool
     ) -> AsyncGenerator[Piece]:
-        if self.open >= self.most:
-            raise Busy
-        if not self._thread.is_alive():
-            raise RuntimeError("the generator has stopped")
+        if self._ended:
+            raise GeneratorFailed
         job = _Job(prompt, params, texts, asyncio.get_running_loop(), left=params.n)
-        self.open += 1
         left = params.n
         self._inbox.put(("add", job))
         try:
@@ -96,42 +98,56 @@ class Batching:
                 left -= item.rollout is not None
                 yield item
         finally:
-            self.open -= 1
             if left:
                 self._inbox.put(("cancel", job))
 
     # --- The thread ------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while not self._stopping:
-            stream = self.generator.stream()
-            self._jobs.clear()
-            try:
-                self._take(stream, wait=True)
-                for piece in stream.pieces():
-                    self._hand_on(piece)
-                    self._take(stream, wait=False)
-                    if self._stopping:
-                        break
-            except Exception as error:  # of one step: whoever comes next finds a new stream
-                _log.exception("a step of the generator failed")
-                for job in self._jobs.values():
-                    job.deliver(RuntimeError(f"the generator failed ({error})"))
-            finally:
-                stream.close()
-        for job in self._jobs.values():
-            job.deliver(RuntimeError("the server is shutting down"))
+        try:
+            while not self._stopping:
+                self._answer()
+        finally:
+            # Whatever has ended the thread, nobody may be left waiting.
+            self._ended = True
+            left = list(self._jobs.values())
+            while not self._inbox.empty():
+                what, job = self._inbox.get()
+                left += [job] if what == "add" and job is not None else []
+            for job in left:
+                job.deliver(ShuttingDown() if self._stopping else GeneratorFailed())
+
+    def _answer(self) -> None:
+        """All that comes, until a step fails or the server stops."""
+        stream = self.generator.stream()
+        self._jobs.clear()
+        try:
+            self._take(stream, wait=True)
+            for piece in stream.pieces():
+                self._hand_on(piece)
+                self._take(stream, wait=False)
+                if self._stopping:
+                    break
+        except Exception:  # of one step: whoever comes next finds a new stream
+            _log.exception("a step of the generator failed")
+            self._failures += 1
+            for job in self._jobs.values():
+                job.deliver(GeneratorFailed())
+        finally:
+            stream.close()
 
     def _hand_on(self, piece: Piece) -> None:
         job = self._jobs.get(piece.prompt)
         if job is None:
             return
-        if piece.rollout is not None or job.texts:
-            job.deliver(piece)
         if piece.rollout is not None:
+            self._failures = 0
+            self._count(0, len(piece.rollout.token_ids))
             job.left -= 1
             if not job.left:
                 del self._jobs[piece.prompt]
+        if piece.rollout is not None or job.texts:
+            job.deliver(piece)
 
     def _take(self, stream: RolloutStream, *, wait: bool) -> None:
         """What has come in; `wait` for the first thing."""
@@ -152,5 +168,10 @@ class Batching:
             try:
                 job.number = stream.add(job.prompt, job.params, draws_as=0)
                 self._jobs[job.number] = job
+                self._count(len(job.prompt), 0)
             except ValueError as error:
                 job.deliver(error)
+            except Exception:  # of this request; the others go on
+                _log.exception("a request could not be taken")
+                self._failures += 1
+                job.deliver(GeneratorFailed())

@@ -5,14 +5,37 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from typing import Any, Literal
+from collections.abc import AsyncGenerator, Sequence
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
-from rmr1.data import Message
+from rmr1.data import Message, refuse_half_characters
 from rmr1.engine.generator import Rollout, SamplingParams
 from rmr1.engine.rollout_stream import Piece
+
+
+def _whole(text: str) -> str:
+    refuse_half_characters(text, "the text")
+    return text
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Text = Annotated[str, AfterValidator(_whole)]
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+# Each step looks for them in each sample, and everybody waits for the step.
+Stops = Annotated[list[Stop], Field(max_length=16), BeforeValidator(_as_list)]
 
 
 class ChatMessage(BaseModel):
@@ -20,7 +43,7 @@ class ChatMessage(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
     role: Literal["system", "developer", "user", "assistant"]
-    content: str
+    content: Text
 
     @field_validator("content", mode="before")
     @classmethod
@@ -31,6 +54,20 @@ class ChatMessage(BaseModel):
         if len(texts) != len(value) or not all(isinstance(text, str) for text in texts):
             raise ValueError("only parts of type text can be read")
         return "".join(map(str, texts))
+
+
+class StreamOptions(BaseModel):
+    """Of which one matters here."""
+
+    model_config = ConfigDict(extra="ignore")
+    include_usage: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    """Plain text is all there is."""
+
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["text"]
 
 
 class ChatRequest(BaseModel):
@@ -46,9 +83,10 @@ class ChatRequest(BaseModel):
     top_k: int = Field(0, ge=0)
     n: int = Field(1, ge=1, le=64)
     seed: int | None = Field(None, ge=0)
-    stop: str | list[str] | None = None
+    stop: Stops = []
     stream: bool = False
-    stream_options: dict[str, Any] | None = None
+    stream_options: StreamOptions = StreamOptions()
+    response_format: ResponseFormat | None = None
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
     logprobs: Literal[False] | None = None
@@ -57,6 +95,14 @@ class ChatRequest(BaseModel):
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_nothing(cls, value: Any) -> Any:
+        """As OpenAI has it, in all fields, those that are not known here too."""
+        if not isinstance(value, dict):
+            return value
+        return {name: given for name, given in value.items() if given is not None}
 
     def chat(self) -> list[Message]:
         """The turns as a chat template takes them."""
@@ -67,8 +113,7 @@ class ChatRequest(BaseModel):
         return turns
 
     def sampling(self, longest: int, seed: int) -> SamplingParams:
-        """How to draw; `longest` is the server's cap, `seed` for who gives none."""
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        """How to draw; at most `longest` tokens, `seed` for who gives none."""
         asked = self.max_completion_tokens or self.max_tokens or longest
         return SamplingParams(
             n=self.n,
@@ -76,7 +121,7 @@ class ChatRequest(BaseModel):
             top_p=self.top_p,
             top_k=self.top_k,
             max_new_tokens=min(asked, longest),
-            stop=tuple(stop),
+            stop=tuple(self.stop),
             seed=seed if self.seed is None else self.seed,
         )
 
@@ -109,7 +154,7 @@ def usage(prompt_tokens: int, new_tokens: int) -> dict[str, int]:
 
 async def events(
     model: str, pieces: AsyncGenerator[Piece], prompt_tokens: int, *, with_usage: bool
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes]:
     """The answer as server-sent events, a piece each."""
     head = _head(model, "chat.completion.chunk")
     begun: set[int] = set()
@@ -125,15 +170,16 @@ async def events(
                 new_tokens += len(rollout.token_ids)
             reason = None if rollout is None else rollout.finish_reason
             choice = {"index": piece.sample, "delta": delta, "finish_reason": reason}
-            yield _event({**head, "choices": [choice]})
+            yield event({**head, "choices": [choice]})
         if with_usage:
-            yield _event({**head, "choices": [], "usage": usage(prompt_tokens, new_tokens)})
+            yield event({**head, "choices": [], "usage": usage(prompt_tokens, new_tokens)})
         yield b"data: [DONE]\n\n"
     finally:
         await pieces.aclose()  # a client that has gone takes its samples out of the batch
 
 
-def _event(data: dict[str, Any]) -> bytes:
+def event(data: dict[str, Any]) -> bytes:
+    """A server-sent event."""
     return f"data: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
 
 

@@ -3,52 +3,137 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from rmr1.answers import Reply
-from rmr1.data import Message, Pair
+from rmr1.best_of_n import Method, Ranking, ranked
+from rmr1.data import Pair
 from rmr1.engine.generator import SamplingParams
-from rmr1.judge import Judge, Judgment, judgments_of, placed, placements_of, vote
-from rmr1.prompts import encode
+from rmr1.judge import Answer, Judge, Judgment, judgments_of, placed, placements_of, vote
 from rmr1.serving.batching import Batching
+from rmr1.serving.places import Share
+from rmr1.serving.tokenising import Tokenising
 
 
 class ServedJudge:
-    """`Judge.compare`, for an event loop."""
+    """`Judge.compare` and `rank`, for an event loop; `count` is told of each verdict."""
 
-    def __init__(self, judge: Judge, batching: Batching) -> None:
-        self.judge, self.batching = judge, batching
+    def __init__(
+        self,
+        judge: Judge,
+        batching: Batching,
+        tokenising: Tokenising,
+        count: Callable[[Answer | None], None],
+    ) -> None:
+        self.judge, self.batching, self.tokenising = judge, batching, tokenising
+        self._count = count
+        positions = judge.generator.model.config.max_position_embeddings
+        left = positions - judge.greedy.max_new_tokens
+        self.room = min(left, judge.model.max_prompt_tokens or left)  # of a prompt, in tokens
 
-    async def compare(self, pairs: Sequence[Pair], *, votes: int, swap: bool) -> list[Judgment]:
-        """The vote on each pair; all of them in one batch.
+    async def compare(
+        self, share: Share, pairs: Sequence[Pair], *, votes: int, swap: bool
+    ) -> list[Judgment]:
+        """The vote on each pair; they join the batch as the request's share of places allows.
 
         Raises:
-            ValueError: a prompt is too long.
-            Busy: too many requests are open.
+            TooLong: a prompt is.
+            ValueError: as `Prompt.render`.
         """
-        judge = self.judge
-        sampling = judge.sampling(votes)
+        sampling = self.judge.sampling(votes)
         places = placed(pairs, placements_of(swap=swap))
-        tasks = [
-            asyncio.ensure_future(self._reply(judge.prompt.render(pair), sampling, number))
-            for number, (pair, _) in enumerate(places)
-        ]
+        replies = await self._replies(share, [pair for pair, _ in places], sampling)
+        each = len(places) // len(pairs)
+        found = []
+        for at in range(0, len(places), each):
+            one = vote(judgments_of(places[at : at + each], replies[at : at + each]))
+            self._count(one.verdict)
+            found.append(one)
+            await asyncio.sleep(0)  # there may be thousands to read: others have their turn
+        return found
+
+    async def rank(
+        self,
+        share: Share,
+        method: Method,
+        shown: Callable[[int, int], Pair],
+        candidates: int,
+        *,
+        votes: int,
+        swap: bool,
+    ) -> Ranking:
+        """The tournament `method`; `shown(i, j)` is the pair of two candidates.
+
+        A tournament is plain code that cannot wait. What it asks for depends on its seed and on
+        what it was told, so it is run anew with each round's verdicts until it asks no more.
+
+        Raises:
+            TooLong: a prompt is.
+            ValueError: as `Prompt.render`.
+        """
+        known: list[list[Answer | None]] = []
+        while True:
+            try:
+                return ranked(method, candidates, _Told(known), seed=self.judge.sampled.seed)
+            except _AsksMore as asked:
+                pairs = [shown(i, j) for i, j in asked.pairs]
+            found = await self.compare(share, pairs, votes=votes, swap=swap)
+            known.append([one.verdict for one in found])
+
+    async def _replies(
+        self, share: Share, shown: Sequence[Pair], sampling: SamplingParams
+    ) -> list[list[Reply]]:
+        """What the model says of each pair, as it is shown."""
+        # The longest first: if one is too long, nothing has been computed for the others.
+        longest = max(range(len(shown)), key=lambda at: _characters(shown[at]))
+        order = [longest, *(at for at in range(len(shown)) if at != longest)]
+        found: dict[int, asyncio.Task[list[Reply]]] = {}
         try:
-            replies = await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-        judgments = judgments_of(places, replies)
-        each = len(judgments) // len(pairs)
-        return [vote(judgments[at : at + each]) for at in range(0, len(judgments), each)]
+            async with asyncio.TaskGroup() as group:
+                for number in order:
+                    render = partial(self.judge.prompt.render, shown[number])
+                    prompt = await self.tokenising.tokens(render, self.room)
+                    await share.prompt()
+                    # Number `number` draws what it would draw in one call of the generator.
+                    drawn = replace(sampling, first_prompt=number)
+                    found[number] = group.create_task(self._reply(share, prompt, drawn))
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None  # the others are of those it cancelled
+        return [found[number].result() for number in range(len(shown))]
 
     async def _reply(
-        self, chat: list[Message], sampling: SamplingParams, number: int
+        self, share: Share, prompt: list[int], sampling: SamplingParams
     ) -> list[Reply]:
-        prompt = encode(self.judge.tokenizer, chat)
-        # As in one call of the generator: prompt number `number` draws what it would draw there.
-        drawn = await self.batching.samples(prompt, replace(sampling, first_prompt=number))
+        try:
+            drawn = await self.batching.samples(prompt, sampling)
+        finally:
+            share.give_back()
         return [
             Reply(one.text, len(prompt), len(one.token_ids), one.finish_reason) for one in drawn
         ]
+
+
+class _AsksMore(Exception):
+    """A tournament asks for verdicts that nobody knows yet."""
+
+    def __init__(self, pairs: Sequence[tuple[int, int]]) -> None:
+        super().__init__()
+        self.pairs = pairs
+
+
+class _Told:
+    """`compare` for a tournament, of which the verdicts of the first rounds are known."""
+
+    def __init__(self, known: Sequence[list[Answer | None]]) -> None:
+        self._left = iter(known)
+
+    def __call__(self, pairs: Sequence[tuple[int, int]]) -> list[Answer | None]:
+        for said in self._left:
+            return said
+        raise _AsksMore(pairs)
+
+
+def _characters(pair: Pair) -> int:
+    return len(pair.answer_a) + len(pair.answer_b)

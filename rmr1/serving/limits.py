@@ -5,28 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-OPEN_PATHS = ("/healthz",)  # a load balancer has no token
+from rmr1.serving.errors import error_body
+
+# A load balancer has no token, and neither has a browser that shows the page of the API.
+OPEN_PATHS = ("/healthz", "/docs", "/openapi.json")
 BODY_SECONDS = 30.0  # in which a body must have come
-
-
-def error_body(message: str, kind: str, param: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI's clients read it."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": None}}
 
 
 class Limits:
     """ASGI middleware: bearer token, size of the body, time to send it."""
 
-    def __init__(self, app: App, *, token: str, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, *, token: str, max_body_bytes: int) -> None:
         self.app, self._token, self._most = app, token.encode(), max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
