@@ -11,7 +11,7 @@ comparisons (give or take one), so a judge that only goes by position makes ever
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from random import Random
@@ -73,6 +73,37 @@ def ranked(method: Method, candidates: int, compare: Compare, *, seed: int = 0) 
     """By the tournament of that name."""
     tournament = round_robin if method == "round_robin" else knockout
     return tournament(candidates, compare, seed=seed)
+
+
+def go_on(
+    method: Method,
+    candidates: int,
+    verdicts: Mapping[tuple[int, int], Answer | None],
+    *,
+    seed: int = 0,
+) -> Ranking | tuple[tuple[int, int], ...]:
+    """The ranking, or the comparisons that it still needs, for who judges many tournaments at once.
+
+    A tournament is plain code that cannot wait. What it asks for depends on its seed and on what it
+    was told, so it is run anew with the verdicts there are until it asks for others.
+    """
+
+    def told(pairs: Sequence[tuple[int, int]]) -> list[Answer | None]:
+        unknown = tuple(pair for pair in pairs if pair not in verdicts)
+        if unknown:
+            raise _Unknown(unknown)
+        return [verdicts[pair] for pair in pairs]
+
+    try:
+        return ranked(method, candidates, told, seed=seed)
+    except _Unknown as asked:
+        return asked.pairs
+
+
+class _Unknown(Exception):
+    def __init__(self, pairs: tuple[tuple[int, int], ...]) -> None:
+        super().__init__()
+        self.pairs = pairs
 
 
 def round_robin(candidates: int, compare: Compare, *, seed: int = 0) -> Ranking:

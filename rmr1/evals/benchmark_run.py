@@ -67,9 +67,9 @@ class Making:
             "dtype": self.dtype,
         }
 
-    def sampling(self, batch: Sequence[Showing]) -> SamplingParams:
+    def sampling(self, first: str) -> SamplingParams:
         """How a batch is drawn: its first judgment decides, so that no two batches draw alike."""
-        drawn = int(digest(f"{self.seed}/{batch[0].key}")[:8], 16)
+        drawn = int(digest(f"{self.seed}/{first}")[:8], 16)
         return SamplingParams(
             n=self.votes,
             temperature=self.drawn_at or 0.0,
@@ -201,7 +201,7 @@ def _judged(
 
         chats = [making.prompt.render(showing.pair()) for showing in batch]
         try:
-            replies = judge.answer(chats, making.sampling(batch), progress=within)
+            replies = judge.answer(chats, making.sampling(str(batch[0].key)), progress=within)
         except CutShort as cut:  # what was answered until then is kept
             pairs = zip(batch, cut.replies, strict=True)
             answered = [(one, samples) for one, samples in pairs if samples is not None]

@@ -36,6 +36,28 @@ def print_score(report: Mapping[str, Any], *, console: Console | None = None) ->
         console.print(f"- {line}", highlight=False, markup=False, soft_wrap=True)
 
 
+def print_best_of_n(found: Mapping[str, Any], *, console: Console | None = None) -> None:
+    """How often a tournament found the best answer. `found` is `best_of_n_run.pick_best`'s."""
+    console = console or Console()
+    title = f"RMB, the best of a list by {found['best_of_n'].replace('_', ' ')}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("")
+    table.add_column("picked right", justify="right", no_wrap=True)
+    table.add_column("95%", justify="right", no_wrap=True)
+    for name, value in found["categories"].items():
+        table.add_row(Text(name), percent(value), "")
+    table.add_row("all lists", percent(found["picked_right"]), interval(found["interval"]))
+    table.add_row("by chance", percent(found["by_chance"]), "")
+    console.print(table)
+    console.print(
+        f"{found['lists']:,} lists, {found['comparisons']:,} comparisons, {found['undecided']:,}"
+        " without a winner. RMB has no such figure: its own asks whether the best answer beats"
+        " every other one.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
 def _own(report: Mapping[str, Any]) -> Table:
     table = Table(title=TITLES[report["benchmark"]], title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("")

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 from rmr1.answers import Reply
-from rmr1.best_of_n import Method, Ranking, ranked
+from rmr1.best_of_n import Method, Ranking, go_on
 from rmr1.data import Pair
 from rmr1.engine.generator import SamplingParams
 from rmr1.judge import Answer, Judge, Judgment, judgments_of, placed, placements_of, vote
@@ -66,21 +66,18 @@ class ServedJudge:
     ) -> Ranking:
         """The tournament `method`; `shown(i, j)` is the pair of two candidates.
 
-        A tournament is plain code that cannot wait. What it asks for depends on its seed and on
-        what it was told, so it is run anew with each round's verdicts until it asks no more.
-
         Raises:
             TooLong: a prompt is.
             ValueError: as `Prompt.render`.
         """
-        known: list[list[Answer | None]] = []
+        known: dict[tuple[int, int], Answer | None] = {}
         while True:
-            try:
-                return ranked(method, candidates, _Told(known), seed=self.judge.sampled.seed)
-            except _AsksMore as asked:
-                pairs = [shown(i, j) for i, j in asked.pairs]
+            asked = go_on(method, candidates, known, seed=self.judge.sampled.seed)
+            if isinstance(asked, Ranking):
+                return asked
+            pairs = [shown(i, j) for i, j in asked]
             found = await self.compare(share, pairs, votes=votes, swap=swap)
-            known.append([one.verdict for one in found])
+            known |= zip(asked, [one.verdict for one in found], strict=True)
 
     async def _replies(
         self, share: Share, shown: Sequence[Pair], sampling: SamplingParams
@@ -113,26 +110,6 @@ class ServedJudge:
         return [
             Reply(one.text, len(prompt), len(one.token_ids), one.finish_reason) for one in drawn
         ]
-
-
-class _AsksMore(Exception):
-    """A tournament asks for verdicts that nobody knows yet."""
-
-    def __init__(self, pairs: Sequence[tuple[int, int]]) -> None:
-        super().__init__()
-        self.pairs = pairs
-
-
-class _Told:
-    """`compare` for a tournament, of which the verdicts of the first rounds are known."""
-
-    def __init__(self, known: Sequence[list[Answer | None]]) -> None:
-        self._left = iter(known)
-
-    def __call__(self, pairs: Sequence[tuple[int, int]]) -> list[Answer | None]:
-        for said in self._left:
-            return said
-        raise _AsksMore(pairs)
 
 
 def _characters(pair: Pair) -> int:

@@ -21,7 +21,7 @@ from rich.text import Text
 from rmr1.data import Pair, read_pairs, write_whole
 from rmr1.endpoints.endpoint import EndpointConfig
 from rmr1.engine.launch import launched
-from rmr1.evals.benchmark_table import print_score
+from rmr1.evals.benchmark_table import print_best_of_n, print_score
 from rmr1.evals.judgment_rows import Benchmark
 from rmr1.evals.paper_results import TITLES, differences, published
 from rmr1.evals.rewardbench_items import load_rewardbench
@@ -36,6 +36,8 @@ from rmr1.verbs.model import ModelVerb
 if TYPE_CHECKING:
     from rmr1.answers import Answers
     from rmr1.engine.launch import Launch
+    from rmr1.evals.benchmark_items import Dataset
+    from rmr1.evals.benchmark_run import Making
     from rmr1.judge import Judgment
 
 _WANTED = {
@@ -84,6 +86,9 @@ class Eval(ModelVerb):
         "", description="JSONL of every judgment (of a benchmark: resumed if it exists)"
     )
     both_orders: bool = Field(False, description="of a benchmark: each pair in both placements")
+    best_of_n: Literal["", "round_robin", "knockout"] = Field(
+        "", description="of rmb: how often this tournament of a list's answers finds the best one"
+    )
     unparsed: float | None = Field(
         None, description="what no verdict earns; unset: the official rule (RewardBench .5, else 0)"
     )
@@ -114,9 +119,15 @@ class Eval(ModelVerb):
                 raise ValueError("eval tasks draws its own pairs; for those of --data: eval pairs")
             if self.both_orders:
                 raise ValueError(f"eval {name} always judges both orders; drop --both_orders")
-            if self.votes > 1 or self.unparsed is not None:
-                raise ValueError(f"eval {name} knows no --votes and no --unparsed; drop them")
+            if self.votes > 1 or self.unparsed is not None or self.best_of_n:
+                raise ValueError(
+                    f"eval {name} knows no --votes, --unparsed, --best_of_n; drop them"
+                )
             return
+        if self.best_of_n and (name != "rmb" or self.both_orders or self.unparsed is not None):
+            raise ValueError(
+                "--best_of_n goes with eval rmb, and without --both_orders and --unparsed"
+            )
         if not self.data:
             raise ValueError(f"eval {name} needs --data, {_WANTED[name]}")
         credit_unparsed(cast("Benchmark", name), self.unparsed)
@@ -149,33 +160,53 @@ class Eval(ModelVerb):
         load = {"rewardbench": load_rewardbench, "rm-bench": load_rm_bench, "rmb": load_rmb}[name]
         place = launched()
         first = place is None or place.rank == 0
-        with phase(TITLES[name], 1, "judgments") if first else nullcontext() as bar:
+        what = "lists" if self.best_of_n else "judgments"
+        with phase(TITLES[name], 1, what) if first else nullcontext() as bar:
             dataset = load(self.data)
             asked = self._judge(place)
+            making = Making(
+                model=asked.name,
+                prompt=self.template,
+                seed=self.seed,
+                votes=self.votes,
+                temperature=self._drawn_at(),
+                max_new_tokens=asked.longest,
+                max_prompt_tokens=asked.room,
+                dtype=asked.dtype,
+            )
+            shared: Any = {
+                "limit": self.limit,
+                "batch_size": self.batch_size
+                or (4 * self.endpoint.concurrency if self.endpoint.model else 64),
+                "place": place,
+                "progress": bar.count if bar else None,
+            }
+            if self.best_of_n:
+                return self._best_of_n(asked.model, dataset, making, shared)
             done = run_benchmark(
                 asked.model,
                 dataset,
-                Making(
-                    model=asked.name,
-                    prompt=self.template,
-                    seed=self.seed,
-                    votes=self.votes,
-                    temperature=self._drawn_at(),
-                    max_new_tokens=asked.longest,
-                    max_prompt_tokens=asked.room,
-                    dtype=asked.dtype,
-                ),
+                making,
                 output=self.output or f"results/{name}.jsonl",
-                limit=self.limit,
                 both_orders=self.both_orders,
-                batch_size=self.batch_size
-                or (4 * self.endpoint.concurrency if self.endpoint.model else 64),
                 unparsed=self.unparsed,
-                place=place,
-                progress=bar.count if bar else None,
+                **shared,
             )
         if done is not None:
             _show(done.to_json(), as_json=self.json_output)
+        return 0
+
+    def _best_of_n(self, judge: Answers, dataset: Dataset, making: Making, shared: Any) -> int:
+        from rmr1.evals.best_of_n_run import pick_best
+
+        assert self.best_of_n
+        output = self.output or f"results/rmb-{self.best_of_n}.jsonl"
+        found = pick_best(judge, dataset, making, method=self.best_of_n, output=output, **shared)
+        if found is not None:
+            if self.json_output:
+                print(json.dumps(found))
+            else:
+                print_best_of_n(found)
         return 0
 
     def _pairs(self) -> int:
@@ -222,6 +253,9 @@ class Score(Verb):
 
     benchmark: Literal["rewardbench", "rm-bench", "rmb"] = Field(description="whose rule")
     judgments: str = Field(description="JSONL file of judgments")
+    best_of_n: Literal["", "round_robin", "knockout"] = Field(
+        "", description="of rmb: how often this tournament of a list's answers finds the best one"
+    )
     unparsed: float | None = Field(
         None, description="what no verdict earns; unset: the benchmark's rule (RM-R1: always 0)"
     )
