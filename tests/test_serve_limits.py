@@ -8,6 +8,7 @@ import logging
 import socket
 import threading
 import time
+import urllib.request
 from typing import Any
 
 import pytest
@@ -162,7 +163,7 @@ def test_one_deadline_for_all_rounds(judge: Judge, monkeypatch: pytest.MonkeyPat
         waiting = [one.name for one in threading.enumerate() if one.name.startswith("asyncio_")]
         wait_until_idle(url)
     assert {status for status, _, _ in answers} == {504}
-    assert took < 2.5
+    assert took < 5.0
     assert not waiting
 
 
@@ -184,19 +185,30 @@ def test_who_waits_at_the_end_is_told(judge: Judge, monkeypatch: pytest.MonkeyPa
     records: list[logging.LogRecord] = []
     handler = logging.Handler(logging.ERROR)
     handler.emit = records.append  # type: ignore[method-assign]
+    begun = threading.Event()
+
+    def stream(url: str) -> tuple[int, str]:
+        data = json.dumps(chat(judge, n=4, stream=True)).encode()
+        headers = {"Content-Type": "application/json"}
+        asked = urllib.request.Request(f"{url}/v1/chat/completions", data, headers)
+        with urllib.request.urlopen(asked, timeout=60) as reply:
+            first = reply.readline()
+            begun.set()
+            return reply.status, (first + reply.read()).decode()
+
     # The pool is the outer one: it waits for its threads, and these for the server's end.
     with concurrent.futures.ThreadPoolExecutor(3) as pool:  # noqa: SIM117
         with running(judge, shutdown_seconds=0.3) as (url, server):
             logging.getLogger("uvicorn.error").addHandler(handler)
             asked = [
-                pool.submit(ask, f"{url}/v1/judge", {**BODY, "votes": 8}),
+                pool.submit(ask, f"{url}/v1/judge", {**BODY, "votes": 32}),
                 pool.submit(ask, f"{url}/v1/rank", RANK),
-                pool.submit(ask, f"{url}/v1/chat/completions", chat(judge, n=4, stream=True)),
+                pool.submit(stream, url),
             ]
             wait_for_open(url, 3)
-            time.sleep(0.3)
+            assert begun.wait(60)
             server.should_exit = True
-            judged, ranked, streamed = (one.result(timeout=10) for one in asked)
+            judged, ranked, streamed = (one.result(timeout=60) for one in asked)
     logging.getLogger("uvicorn.error").removeHandler(handler)
     for status, told, headers in (judged, ranked):
         assert (status, headers["content-type"]) == (503, "application/json")
