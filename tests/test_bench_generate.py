@@ -212,6 +212,7 @@ def test_rows(script: ModuleType, workloads: ModuleType) -> None:
 # --- The command line ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_quick_run_writes_whole_rows(
     script: ModuleType,
     tmp_path: Path,

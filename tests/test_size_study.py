@@ -25,6 +25,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return size_study
 
 
+@pytest.mark.slow
 def test_a_quick_run(
     script: ModuleType,
     tmp_path: Path,

@@ -395,8 +395,8 @@ def test_requests_keep_their_pace(run: Traces) -> None:
         return right(request)
 
     with serving(answer) as server:
-        run(server, teacher={"requests_per_minute": 600})
-    assert max(moments) - min(moments) > 0.28  # 4 requests, 0.1 s apart
+        run(server, teacher={"requests_per_minute": 300})
+    assert max(moments) - min(moments) > 0.4  # 4 requests, 0.2 s apart, and a busy machine
 
 
 def test_at_most_so_many_at_a_time(run: Traces) -> None:
