@@ -48,7 +48,7 @@ torch.manual_seed(0)
 alone = Scorer(CausalLM(ModelConfig.from_dict(given["model"])))
 sharded = Scorer(CausalLM(ModelConfig.from_dict(given["model"])))
 sharded.load_state_dict(alone.state_dict())
-# As in rmr1/engine/zero.py: what it would compile takes a minute, and a killed rank leaves its lock.
+# As in rmr1/engine/zero.py: else it compiles an op, under a lock that a killed rank leaves.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 engine, *_ = deepspeed.initialize(model=sharded, config={
     "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,
