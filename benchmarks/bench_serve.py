@@ -4,9 +4,9 @@
 
 Clients send comparisons of the embedded tasks to `rmr1 serve`, each client the next one as soon as
 it has its judgment; so many clients are so many prompts in the generator's batch at most. One call
-with all comparisons is the yardstick: what HTTP, a full batch that is never filled up, and a
-batch that changes all the time cost. Greedy judgments, of which `equal` says how many have the
-text that the one call gave them.
+with all comparisons is the yardstick. Calls with as many at a time as there are clients tell what
+of the difference is the smaller batch, and what HTTP and a batch that changes all the time cost.
+Greedy judgments, of which `equal` says how many have the text that the one call gave them.
 """
 
 from __future__ import annotations
@@ -95,6 +95,14 @@ def from_clients(
     return whole, [seconds for seconds, _ in answers], [found["text"] for _, found in answers]
 
 
+def in_calls(judge: Judge, pairs: Sequence[Pair], size: int) -> float:
+    """Seconds of `compare_all` on so many at a time, one call after the other."""
+    began = time.perf_counter()
+    for start in range(0, len(pairs), size):
+        judge.compare_all(pairs[start : start + size])
+    return time.perf_counter() - began
+
+
 def measure(options: argparse.Namespace) -> list[harness.Row]:
     """Every number of clients, and the one call, in turn."""
     torch.set_num_threads(options.threads)
@@ -117,9 +125,12 @@ def measure(options: argparse.Namespace) -> list[harness.Row]:
             for clients in options.clients:
                 # One client alone takes a while for each: a part of them shows its rate.
                 some = pairs[: max(2, min(len(pairs), clients * options.rounds))]
+                scale = len(pairs) / len(some)
+                called = in_calls(judge, some, clients)
+                times.setdefault(f"compare_all, {clients} a call", []).append(called * scale)
                 whole, each, texts = from_clients(address, some, clients)
                 name = f"HTTP, {clients} clients"
-                times.setdefault(name, []).append(whole * len(pairs) / len(some))
+                times.setdefault(name, []).append(whole * scale)
                 waits.setdefault(name, []).extend(each)
                 same = sum(a == b for a, b in zip(texts, direct, strict=False))
                 equal[name] = same / len(some)

@@ -9,26 +9,34 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 from rmr1.data import Pair
 
 
 @contextmanager
 def appending(path: Path) -> Iterator[TextIO]:
-    """The file, mended, for this process alone. ValueError when another one has it open."""
+    """The file, mended, for this process alone.
+
+    ValueError when another one has it open, or when it ends in what no log ends in.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"{path}: another process is writing to it; wait for it, or give another output"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
+        lock(stream, path)
         repair_tail(path)
         yield stream
+
+
+def lock(stream: IO[Any], path: Path) -> None:
+    """Have an open file for this process alone until it is closed. ValueError: another has it."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"{path}: another process is writing to it; wait for it, or give another output"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
 
 
 def content_of(pair: Pair) -> str:
@@ -47,16 +55,19 @@ def append(stream: TextIO, rows: Sequence[dict[str, Any]]) -> None:
 def repair_tail(path: Path) -> bool:
     """Mend a last line that a killed run left half written; True when there was one.
 
-    A whole row that lacks only its newline is kept, anything else after the last newline is cut.
+    A whole row that lacks only its newline is kept, a torn one is cut. ValueError, and the file
+    stays as it is, where the end is no beginning of a row, or the line before it is none: somebody
+    named a file of another kind.
     """
     content = path.read_bytes()
     if not content or content.endswith(b"\n"):
         return False
     end = content.rfind(b"\n") + 1
-    try:
-        whole = isinstance(json.loads(content[end:].decode("utf-8")), dict)
-    except (RecursionError, ValueError):  # no UTF-8 or no JSON: the row was torn
-        whole = False
+    tail = content[end:].rstrip(b"\0")  # a crash of the machine can leave zeros
+    before = content[: end - 1].rpartition(b"\n")[2] if end else b""
+    if not b'{"'.startswith(tail[:2]) or (before.strip() and not _is_row(before)):
+        raise ValueError(f"{path}: this is no file of judgments; give another output")
+    whole = _is_row(content[end:])
     with path.open("r+b") as stream:
         if whole:
             stream.seek(0, os.SEEK_END)
@@ -64,3 +75,10 @@ def repair_tail(path: Path) -> bool:
         else:
             stream.truncate(end)
     return True
+
+
+def _is_row(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line.decode("utf-8")), dict)
+    except (RecursionError, ValueError):
+        return False

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rmr1.engine.launch import Launch
-from rmr1.judgment_log import appending
+from rmr1.judgment_log import appending, lock
 
 BEAT = 5.0  # seconds between two signs of life
 SILENCE = 300.0  # seconds without one after which a rank counts as gone, or as never started
@@ -71,9 +71,20 @@ class JudgmentFiles:
     ) -> None:
         """Put the ranks' judgments into the output, in that order, others after them.
 
-        ValueError when one of `order` is in no file.
+        ValueError when one of `order` is in no file, or when another process writes to one.
         """
         shards = self._beside("jsonl")
+        with contextlib.ExitStack() as held:
+            for path in shards + [self.output] * self.output.exists() if shards else []:
+                lock(held.enter_context(path.open("a")), path)
+            self._merge(shards, key, order)
+
+    def _merge(
+        self,
+        shards: Sequence[Path],
+        key: Callable[[Mapping[str, Any]], tuple[str, ...]],
+        order: Sequence[tuple[str, ...]],
+    ) -> None:
         if shards:
             found: dict[tuple[str, ...], Any] = {}
             for _, _, row in self.rows():
@@ -127,8 +138,15 @@ class JudgmentFiles:
             thread.join()
             say(words)
 
-    def wait_for_all(self, plan: str) -> None:
+    def said_before(self) -> dict[int, str]:
+        """What the signs of the other ranks say when a job begins: those of an earlier one."""
+        size = self.place.size if self.place else 0
+        return {rank: self._said(rank) for rank in range(1, size)}
+
+    def wait_for_all(self, plan: str, before: Mapping[int, str]) -> None:
         """Until every other rank has finished its share of `plan`.
+
+        A failure is one of this job where it differs from what was there `before`.
 
         Raises:
             ValueError: one failed, or showed no sign of life for `SILENCE` seconds.
@@ -137,22 +155,23 @@ class JudgmentFiles:
             return
         began = time.monotonic()
         waiting = {rank: (self._said(rank), began) for rank in range(1, self.place.size)}
-        before = {rank: said for rank, (said, _) in waiting.items()}
         told = False
         while True:
             for rank, (said, since) in list(waiting.items()):
                 now = self._said(rank)
                 if now == f"finished {plan}":
                     del waiting[rank]
-                elif now.startswith("failed") and now != before[rank]:
+                elif now.startswith("failed") and now != before.get(rank):
                     raise ValueError(f"rank {rank} {now}; run the same again to go on")
                 elif now != said:
                     waiting[rank] = now, time.monotonic()
                 elif time.monotonic() - since > SILENCE:
+                    last = f"; the last it said there is: {now}" if now else ""
                     raise ValueError(
                         f"rank {rank} of {self.place.size} has shown no sign of life in"
                         f" {self.output.parent} for {SILENCE:.0f} s (all ranks must see that"
-                        " folder); run the same again to go on, with as many ranks as you have"
+                        f" folder{last}); run the same again to go on, with as many ranks as you"
+                        " have"
                     )
             if not waiting:
                 return

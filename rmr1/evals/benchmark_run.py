@@ -135,8 +135,9 @@ def run_benchmark(
         raise ValueError("the data hold no items; nothing can be judged")
     files = JudgmentFiles(Path(output), place)
     name = digest(repr([making.fields(), [one.key for one in showings], place and place.size]))
+    before = files.said_before()
     with files.working(name), files.appending() as stream:
-        done = _done(files, showings, dataset, making)
+        done = _done(files, dataset, making)
         rank, size = (place.rank, place.size) if place else (0, 1)
         share = [showing for item in planned[rank::size] for showing in item]
         todo = [showing for showing in share if showing.key not in done]
@@ -145,7 +146,7 @@ def run_benchmark(
             append(stream, [_row(*one, making) for one in zip(batch, judgments, strict=True)])
     if rank:
         return None
-    files.wait_for_all(name)
+    files.wait_for_all(name, before)
     files.merge(lambda row: key_of(row, dataset.benchmark), [one.key for one in showings])
     return BenchmarkRun(
         output=files.output,
@@ -156,23 +157,27 @@ def run_benchmark(
     )
 
 
-def _done(
-    files: JudgmentFiles, showings: Sequence[Showing], dataset: Dataset, making: Making
-) -> set[tuple[str, ...]]:
+def _done(files: JudgmentFiles, dataset: Dataset, making: Making) -> set[tuple[str, ...]]:
     """Which judgments are there already.
 
-    ValueError when something else made one of them, or when one is no judgment of this benchmark:
-    the score at the end would refuse it, after hours of judging.
+    ValueError when something else made one of them, or when one is no judgment of these data: all
+    that the file holds is scored at the end.
     """
     settings = {"benchmark": dataset.benchmark, **making.fields()}
-    contents = {showing.key: showing.content for showing in showings}
+    # Those of a larger limit, or of the other order, may be there too.
+    everything = plan(dataset, seed=making.seed, both_orders=True)
+    contents = {showing.key: showing.content for item in everything for showing in item}
     done = set()
     for path, number, row in files.rows():
         scored_rows([(number, row)], dataset.benchmark, where=str(path))
         key = key_of(row, dataset.benchmark)
-        wanted = settings | ({"content": contents[key]} if key in contents else {})
-        for field, value in wanted.items():
+        for field, value in {**settings, "content": contents.get(key)}.items():
             if row.get(field) != value:
+                if field == "content" and value is None:
+                    raise ValueError(
+                        f"{path}, line {number}: a judgment of what is not in these data; give"
+                        " another output file"
+                    )
                 raise ValueError(
                     f'{path}, line {number}: field "{field}" is {row.get(field)!r}, but this run'
                     f" has {value!r}; give another output file, or remove this one to start over"
@@ -223,6 +228,21 @@ def _voted(batch: Sequence[Showing], replies: Sequence[list[Reply]]) -> list[Jud
 
 def _row(showing: Showing, judgment: Judgment, making: Making) -> dict[str, Any]:
     """One line of the file: the fields that `rmr1 score` reads, then what made the judgment."""
+    return {
+        "benchmark": showing.benchmark,
+        "label": showing.label,
+        **showing.contest.fields,
+        "order": showing.order,
+        "cluster": showing.item.cluster,
+        "placement": "ab" if showing.label == "A" else "ba",  # "ab": the chosen answer comes first
+        **outcome(judgment),
+        "content": showing.content,
+        **making.fields(),
+    }
+
+
+def outcome(judgment: Judgment) -> dict[str, Any]:
+    """What a line says of the judgment itself; of a vote its samples too."""
     voted = {}
     if judgment.samples:
         voted = {
@@ -239,13 +259,7 @@ def _row(showing: Showing, judgment: Judgment, making: Making) -> dict[str, Any]
             ],
         }
     return {
-        "benchmark": showing.benchmark,
-        "label": showing.label,
         "verdict": judgment.verdict,
-        **showing.contest.fields,
-        "order": showing.order,
-        "cluster": showing.item.cluster,
-        "placement": "ab" if showing.label == "A" else "ba",  # "ab": the chosen answer comes first
         "text": judgment.text,
         "format_error": judgment.format_error,
         "skipped": judgment.skipped,
@@ -253,6 +267,4 @@ def _row(showing: Showing, judgment: Judgment, making: Making) -> dict[str, Any]
         "new_tokens": judgment.new_tokens,
         "finish_reason": judgment.finish_reason,
         **voted,
-        "content": showing.content,
-        **making.fields(),
     }

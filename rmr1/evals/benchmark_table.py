@@ -51,8 +51,8 @@ def print_best_of_n(found: Mapping[str, Any], *, console: Console | None = None)
     console.print(table)
     console.print(
         f"{found['lists']:,} lists, {found['comparisons']:,} comparisons, {found['undecided']:,}"
-        " without a winner. RMB has no such figure: its own asks whether the best answer beats"
-        " every other one.",
+        f" without a winner{_unread(found)}. RMB has no such figure: its own asks whether the best"
+        " answer beats every other one.",
         highlight=False,
         soft_wrap=True,
     )
@@ -118,9 +118,16 @@ def _remarks(report: Mapping[str, Any]) -> Iterator[str]:
         f" {report['interval_method']}"
     )
     if report["parse_failures"]:
-        kinds = (f"{count:,} {kind}" for kind, count in report["parse_failures"].items())
-        yield f"Without a verdict: {', '.join(kinds)}"
+        yield f"Without a verdict: {_kinds(report)}"
     if report["missing"]:
         yield f"No judgments of: {', '.join(report['missing'])}"
     if report["duplicates"]:
         yield f"{report['duplicates']:,} judgments stand in the file twice and count twice"
+
+
+def _kinds(report: Mapping[str, Any]) -> str:
+    return ", ".join(f"{count:,} {kind}" for kind, count in report["parse_failures"].items())
+
+
+def _unread(found: Mapping[str, Any]) -> str:
+    return f" (no verdict: {_kinds(found)})" if found["parse_failures"] else ""

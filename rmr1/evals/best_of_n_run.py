@@ -11,7 +11,7 @@ share comparisons, as what is asked depends on the seed and on what was said.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -22,12 +22,14 @@ from rmr1.data import Pair
 from rmr1.engine.launch import Launch
 from rmr1.evals.benchmark_files import JudgmentFiles
 from rmr1.evals.benchmark_items import Dataset, Item, digest, plan
-from rmr1.evals.benchmark_run import Making
-from rmr1.judge import Answer, judgments_of, majority, pair_of
+from rmr1.evals.benchmark_run import Making, outcome
+from rmr1.evals.judgment_rows import failures
+from rmr1.judge import Judgment, judgments_of, majority
 from rmr1.judgment_log import append, content_of
 from rmr1.statistics import Ratio, clustered_wilson, pooled
 
 Comparison = tuple[int, int]
+Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +50,19 @@ class Contenders:
         return [contests[0].chosen, *(contest.rejected for contest in contests)]
 
     def pair(self, comparison: Comparison) -> Pair:
-        """Two of them, as they are shown."""
+        """Two of them, as they are shown. (The label means nothing.)"""
         first, second = (self.answers[number] for number in comparison)
-        return pair_of(list(self.item.conversation), first, second)
+        item = self.item
+        return Pair(
+            f"{self.key}/{comparison}", "rmb/bon", item.conversation, first, second, "A", item.kind
+        )
 
     def goes_on(
-        self, method: Method, verdicts: Mapping[Comparison, Answer | None], seed: int
+        self, method: Method, known: Mapping[Comparison, Row], seed: int
     ) -> Ranking | tuple[Comparison, ...]:
         """The ranking, or the comparisons that it still needs."""
         drawn = int(digest(f"{seed}/{self.key}")[:8], 16)
+        verdicts = {comparison: row["verdict"] for comparison, row in known.items()}
         return go_on(method, len(self.answers), verdicts, seed=drawn)
 
 
@@ -74,98 +80,129 @@ def pick_best(
 ) -> dict[str, Any] | None:
     """Judge all lists to their end; the figures, or None on all ranks but the first.
 
-    `progress` counts lists of this rank's share. Other arguments as `run_benchmark`.
+    `batch_size` comparisons are judged, and saved, at a time. `progress` counts lists of this
+    rank's share. Other arguments as `run_benchmark`.
 
     Raises:
         ValueError: there are no lists; the output is of another making; the judge failed (what was
             judged before is in the output); a rank is gone.
     """
-    items = [one[0].item for one in plan(dataset, seed=making.seed, limit=limit)]
-    lists = [Contenders(item) for item in items if item.part.startswith("bon/")]
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    lists = _lists(dataset, making, limit)
     if not lists:
         raise ValueError("the data hold no best-of-n lists; nothing can be picked")
     files = JudgmentFiles(Path(output), place)
-    name = digest(repr([method, making.fields(), [one.key for one in lists]]))
     rank, size = (place.rank, place.size) if place else (0, 1)
+    name = digest(repr([method, making.fields(), [one.key for one in lists], size]))
+    before = files.said_before()
     with files.working(name), files.appending() as stream:
-        known = _known(files, lists, making)
-        share = lists[rank::size]
-        for start in range(0, len(share), batch_size):
-            batch = share[start : start + batch_size]
-            _settle(judge, batch, known, making, method, stream)
-            if progress is not None:
-                progress(start + len(batch), len(share))
+        known = _known(files, dataset, making)
+        resumed = sum(len(known[one.key]) for one in lists)
+        tournaments = _Tournaments(judge, making, method, known, batch_size)
+        tournaments.settle(lists[rank::size], stream, progress or (lambda _done, _total: None))
     if rank:
         return None
-    files.wait_for_all(name)
+    files.wait_for_all(name, before)
+    rows = _known(files, dataset, making)
+    rankings = [one.goes_on(method, rows[one.key], making.seed) for one in lists]
+    if lacking := sum(not isinstance(one, Ranking) for one in rankings):
+        raise ValueError(
+            f"{files.output.parent}: {lacking} of {len(lists)} lists are in no rank's file to their"
+            " end; run the same again to go on"
+        )
     files.merge(lambda row: (row["id"], str(row["first"]), str(row["second"])), [])
-    return _figures(lists, _known(files, lists, making), making, method)
+    told = {"judgments_file": str(files.output), "resumed": resumed}
+    return _figures(lists, rows, making, method) | told
 
 
-def _settle(
-    judge: Answers,
-    lists: Sequence[Contenders],
-    known: dict[str, dict[Comparison, Answer | None]],
-    making: Making,
-    method: Method,
-    stream: TextIO,
-) -> None:
-    """Round after round of all these tournaments, each round one batch, until they have ended."""
-    while asked := list(_asked(lists, known, making, method)):
+@dataclass(frozen=True, slots=True)
+class _Tournaments:
+    """All lists' tournaments, a batch of comparisons at a time."""
+
+    judge: Answers
+    making: Making
+    method: Method
+    known: dict[str, dict[Comparison, Row]]
+    batch_size: int
+
+    def settle(self, lists: Sequence[Contenders], stream: TextIO, progress: Progress) -> None:
+        """Ask until every tournament has ended; each batch is saved as soon as it is there."""
+        going = list(lists)
+        while True:
+            asked: list[tuple[Contenders, Comparison]] = []
+            still = []
+            for at, one in enumerate(going):
+                if len(asked) >= self.batch_size:
+                    still += going[at:]
+                    break
+                wanted = one.goes_on(self.method, self.known[one.key], self.making.seed)
+                if not isinstance(wanted, Ranking):
+                    still.append(one)
+                    asked += [(one, comparison) for comparison in wanted]
+            going = still
+            progress(len(lists) - len(going), len(lists))
+            if not asked:
+                return
+            self._ask(asked[: self.batch_size], stream)
+
+    def _ask(self, asked: Sequence[tuple[Contenders, Comparison]], stream: TextIO) -> None:
         pairs = [one.pair(comparison) for one, comparison in asked]
-        chats = [making.prompt.render(pair) for pair in pairs]
-        sampling = making.sampling(f"{asked[0][0].key}/{asked[0][1]}")
+        chats = [self.making.prompt.render(pair) for pair in pairs]
+        sampling = self.making.sampling(f"{asked[0][0].key}/{asked[0][1]}")
         replies: Sequence[list[Reply] | None]
         failure: BaseException | None = None
         try:
-            replies = judge.answer(chats, sampling)
+            replies = self.judge.answer(chats, sampling)
         except CutShort as cut:  # what was answered until then is kept
             replies, failure = cut.replies, KeyboardInterrupt() if cut.interrupted else cut
         rows = []
         for (one, comparison), pair, samples in zip(asked, pairs, replies, strict=True):
-            if samples is None:
-                continue
-            found = majority(judgments_of([(pair, "ab")], [samples]))
-            known[one.key][comparison] = found.verdict
-            first, second = comparison
-            rows.append(
-                {"benchmark": "rmb", "best_of_n": True, "id": one.key, "first": first,
-                 "second": second, "verdict": found.verdict, "text": found.text,
-                 "skipped": found.skipped, "format_error": found.format_error,
-                 "new_tokens": found.new_tokens, "content": content_of(pair), **making.fields()}
-            )  # fmt: skip
+            if samples is not None:
+                found = majority(judgments_of([(pair, "ab")], [samples]))
+                row = _row(one, comparison, pair, found, self.making)
+                self.known[one.key][comparison] = row
+                rows.append(row)
         append(stream, rows)
         if failure is not None:
             raise failure
 
 
-def _asked(
-    lists: Sequence[Contenders],
-    known: Mapping[str, Mapping[Comparison, Answer | None]],
-    making: Making,
-    method: Method,
-) -> Iterator[tuple[Contenders, Comparison]]:
-    for one in lists:
-        wanted = one.goes_on(method, known[one.key], making.seed)
-        if not isinstance(wanted, Ranking):
-            for comparison in wanted:
-                yield one, comparison
+def _lists(dataset: Dataset, making: Making, limit: int | None) -> list[Contenders]:
+    items = [one[0].item for one in plan(dataset, seed=making.seed, limit=limit)]
+    return [Contenders(item) for item in items if item.part.startswith("bon/")]
+
+
+def _row(
+    one: Contenders, comparison: Comparison, pair: Pair, found: Judgment, making: Making
+) -> dict[str, Any]:
+    """One line of the file."""
+    first, second = comparison
+    return {
+        "benchmark": "rmb",
+        "best_of_n": True,
+        "id": one.key,
+        "first": first,
+        "second": second,
+        **outcome(found),
+        "content": content_of(pair),
+        **making.fields(),
+    }
 
 
 def _known(
-    files: JudgmentFiles, lists: Sequence[Contenders], making: Making
-) -> dict[str, dict[Comparison, Answer | None]]:
-    """The verdicts that are there; ValueError when something else made one of them."""
-    named = {one.key: one for one in lists}
-    found: dict[str, dict[Comparison, Answer | None]] = defaultdict(dict)
+    files: JudgmentFiles, dataset: Dataset, making: Making
+) -> dict[str, dict[Comparison, Row]]:
+    """The comparisons that are there, by list; ValueError when something else made one of them."""
+    named = {one.key: one for one in _lists(dataset, making, None)}
+    found: dict[str, dict[Comparison, Row]] = defaultdict(dict)
     for path, number, row in files.rows():
         try:
             if not row["best_of_n"]:
                 raise KeyError("best_of_n")
-            comparison, one = (int(row["first"]), int(row["second"])), named.get(row["id"])
-            wanted = making.fields()
-            if one is not None:
-                wanted["content"] = content_of(one.pair(comparison))
+            comparison = int(row["first"]), int(row["second"])
+            one = named[row["id"]]
+            wanted = making.fields() | {"content": content_of(one.pair(comparison))}
             for field, value in wanted.items():
                 if row[field] != value:
                     raise ValueError(
@@ -173,18 +210,18 @@ def _known(
                         f" has {value!r}; give another output file, or remove this one to start"
                         " over"
                     )
-            found[row["id"]][comparison] = row["verdict"]
+            found[one.key][comparison] = row
         except (KeyError, TypeError, IndexError) as error:
             raise ValueError(
-                f"{path}, line {number}: no comparison of a best-of-n run ({error}); give another"
-                " output file"
+                f"{path}, line {number}: no comparison of a best-of-n run on these lists"
+                f" ({error}); give another output file"
             ) from None
     return found
 
 
 def _figures(
     lists: Sequence[Contenders],
-    known: Mapping[str, Mapping[Comparison, Answer | None]],
+    known: Mapping[str, Mapping[Comparison, Row]],
     making: Making,
     method: Method,
 ) -> dict[str, Any]:
@@ -205,6 +242,7 @@ def _figures(
     clusters = [Ratio(sum(own), len(own)) for own in by_cluster.values()]
     bounds = clustered_wilson(clusters)
     assert bounds is not None
+    judged = [row for one in lists for row in known[one.key].values()]
     return {
         "benchmark": "rmb",
         "best_of_n": method,
@@ -214,6 +252,7 @@ def _figures(
         "by_chance": chance / len(lists),
         "comparisons": int(comparisons),
         "undecided": int(undecided),
+        "parse_failures": dict(failures(judged).most_common()),
         "categories": {name: pooled(own) for name, own in sorted(credit.items())},
         "made_by": making.fields(),
     }
