@@ -47,14 +47,19 @@ class CutShort(ValueError):
     """A judge gave up on the way, with a sentence that says why.
 
     `replies` are those of each chat that it had answered, all samples; None for another.
-    `interrupted`: somebody wanted it so.
+    `interrupted`: somebody wanted it so. `passing`: only these failed, others may be answered.
     """
 
     def __init__(
-        self, why: str, replies: Sequence[list[Reply] | None], *, interrupted: bool = False
+        self,
+        why: str,
+        replies: Sequence[list[Reply] | None],
+        *,
+        interrupted: bool = False,
+        passing: bool = False,
     ) -> None:
         super().__init__(why)
-        self.replies, self.interrupted = replies, interrupted
+        self.replies, self.interrupted, self.passing = replies, interrupted, passing
 
 
 class Generates(Protocol):

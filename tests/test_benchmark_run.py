@@ -331,18 +331,56 @@ def test_an_endpoint_that_fails_loses_nothing(tmp_path: Path) -> None:
                 model="m", base_url=server.url, key_variable="", retries=0, concurrency=1
             )
         )
-        with pytest.raises(ValueError, match="run the same again"):
+        # All but the six that failed are asked for, and kept.
+        with pytest.raises(ValueError, match=r"6 judgments are missing: .*HTTP 500.* same again"):
             run(dataset, tmp_path / "j.jsonl", judge, batch_size=4)
-        # The batch of four before, and the one that was answered in the batch that failed.
-        assert len(rows_of(tmp_path / "j.jsonl")) == 5
-        while len(server.requests) < 11:
-            with pytest.raises(ValueError, match="HTTP 500"):
-                run(dataset, tmp_path / "j.jsonl", judge, batch_size=4)
+        assert len(server.requests) == 12
+        assert len(rows_of(tmp_path / "j.jsonl")) == 6
         done = run(dataset, tmp_path / "j.jsonl", judge, batch_size=4)
-    assert (done.judgments, done.resumed) == (12, 5)
+    assert (done.judgments, done.resumed, len(server.requests)) == (12, 6, 18)
     assert done.score["parse_failures"] == {"skipped (refused)": 1}
     assert done.score["sections"]["Reasoning"] == pytest.approx(11.5 / 12)
     assert server.requests[0]["temperature"] == 0.0
+
+
+def test_an_endpoint_that_is_down_ends_the_run_early(tmp_path: Path) -> None:
+    dataset = rewardbench(tmp_path, 40)
+    down = ServerReply(status=500, body={"error": {"message": "down"}})
+    with serving(lambda *_: down) as server:
+        config = EndpointConfig(
+            model="m", base_url=server.url, key_variable="", retries=0, concurrency=1
+        )
+        with pytest.raises(ValueError, match="10 requests in a row failed, the last with HTTP 500"):
+            run(dataset, tmp_path / "j.jsonl", RemoteModel(config), batch_size=4)
+        assert len(server.requests) == 10
+    assert rows_of(tmp_path / "j.jsonl") == []
+
+
+def test_other_data_in_the_same_file_are_refused(tmp_path: Path) -> None:
+    """They would be scored as one."""
+    first = rewardbench(tmp_path, 4)
+    other = load_rewardbench(
+        write_json(tmp_path / "other.json", [rewardbench_row(f"x{number}") for number in range(3)])
+    )
+    run(first, tmp_path / "j.jsonl", limit=2)
+    with pytest.raises(ValueError, match="line 1: a judgment of what is not in these data"):
+        run(other, tmp_path / "j.jsonl")
+    done = run(first, tmp_path / "j.jsonl", both_orders=True)
+    assert (done.judgments, done.resumed) == (8, 2)
+    # One order and a few items of what is there: nothing new, and nothing refused.
+    assert run(first, tmp_path / "j.jsonl", limit=1).resumed == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b'[{"a": 1}, {"a": 2}]', b"PAR1\x15\x04 a parquet file PAR1", b'{\n "a": [1,\n 2]\n}'],
+)
+def test_a_file_of_another_kind_stays_as_it_is(tmp_path: Path, content: bytes) -> None:
+    output = tmp_path / "mine.json"
+    output.write_bytes(content)
+    with pytest.raises(ValueError, match=r"mine\.json: this is no file of judgments"):
+        run(rewardbench(tmp_path), output)
+    assert output.read_bytes() == content
 
 
 def test_nothing_to_judge(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from endpoint_server import Reply, serving
 
 from rmr1.answers import CutShort
-from rmr1.endpoints.endpoint import Answer, Endpoint, EndpointConfig, RequestFailed
+from rmr1.endpoints.endpoint import Answer, Endpoint, EndpointConfig, NotSent, RequestFailed
 from rmr1.endpoints.remote_model import RemoteModel
 from rmr1.engine.sampling import SamplingParams
 
@@ -105,15 +105,67 @@ def test_repeated_requests_keep_the_pace_and_the_pauses_that_are_asked_for() -> 
     assert moments[-1] - moments[0] > 0.45  # 0.2 s each, though the server asks for less
 
 
+def test_the_pace_is_kept_from_batch_to_batch() -> None:
+    moments: list[float] = []
+
+    def answer(*_: Any) -> Reply:
+        moments.append(time.monotonic())
+        return Reply("x")
+
+    with serving(answer) as server:
+        judge = RemoteModel(config(server.url, requests_per_minute=300))
+        for _ in range(3):
+            judge.answer([[{"role": "user", "content": "?"}]] * 2, SamplingParams())
+    assert moments[-1] - moments[0] > 0.95  # five pauses of 0.2 s
+
+
+def test_an_end_does_not_wait_for_the_pace_of_what_is_not_sent() -> None:
+    with serving(lambda *_: Reply("x")) as server:
+        endpoint = Endpoint(
+            config(server.url, requests_per_minute=2, concurrency=8),
+            ending=lambda: len(server.requests) > 0,
+        )
+
+        async def all_of_them() -> list[Any]:
+            async with endpoint:
+                chat: Any = [{"role": "user", "content": "?"}]
+                asked = [endpoint.chat(chat, SamplingParams()) for _ in range(6)]
+                return await asyncio.gather(*asked, return_exceptions=True)
+
+        began = time.monotonic()
+        found = asyncio.run(all_of_them())
+    assert time.monotonic() - began < 10  # their turns would come within 150 s
+    assert sum(isinstance(one, NotSent) for one in found) == 5
+    assert len(server.requests) == 1
+
+
+def test_one_prompt_that_always_fails_holds_up_no_other() -> None:
+    def answer(request: Any, _: int) -> Reply:
+        if request["messages"][0]["content"] == "poison":
+            return Reply(status=500, body={"error": {"message": "crash"}})
+        return Reply("x")
+
+    with serving(answer) as server:
+        judge = RemoteModel(config(server.url, retries=0, concurrency=2, output_price=1.0))
+        said = ["a", "poison", *"bcdefghijk"]
+        chats: Any = [[{"role": "user", "content": one}] for one in said]
+        with pytest.raises(CutShort, match=r"2 requests failed, the last with HTTP 500") as cut:
+            judge.answer(chats, SamplingParams(n=2))
+    assert cut.value.passing
+    assert [one is None for one in cut.value.replies] == [one == "poison" for one in said]
+    assert judge.cost > 0
+
+
 def test_no_key_gets_into_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("A_KEY", KEY)
-    # The key lies across the place where long messages are cut.
-    told = "x" * 285 + KEY
+    # openai says "Error code: 400 - " before it; the key lies across the 300th letter.
+    told = "x" * 270 + KEY
     with (
         serving(lambda *_: Reply(status=400, body={"error": {"message": told}})) as server,
         pytest.raises(RequestFailed) as error,
     ):
         ask(config(server.url, key_variable="A_KEY"))
+    assert "xxx[key]" in str(error.value)
     assert KEY[:6] not in str(error.value)
     monkeypatch.setenv("A_KEY", f"{KEY}\nsk-other")
     with pytest.raises(ValueError, match="A_KEY holds no key") as refused:

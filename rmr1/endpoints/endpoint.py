@@ -95,16 +95,18 @@ class Answer:
 
 @dataclass(slots=True)
 class Past:
-    """What a server has shown of itself.
+    """What a server has shown of itself, and when it may be asked again.
 
     `failed` and `refused` count those in a row, `refused` only where length is no reason;
-    `longest` is the size of the longest chat that it answered.
+    `longest` is the size of the longest chat that it answered. `free` is the moment from which
+    `requests_per_minute` allows a request.
     """
 
     answered: int = 0
     longest: int = 0
     failed: int = 0
     refused: int = 0
+    free: float = 0.0
 
 
 class Endpoint:
@@ -130,7 +132,6 @@ class Endpoint:
         self.past = past or Past()
         self._key = _key(config.key_variable)
         self._slots = asyncio.Semaphore(config.concurrency)
-        self._next = 0.0
         self._client = _client(config, self._key)
 
     async def __aenter__(self) -> Endpoint:
@@ -212,8 +213,6 @@ class Endpoint:
         cost = 0.0
         try:
             await self._pace()
-            if self.ending():
-                raise NotSent
             try:
                 made = await self._send(chat, sampling)
             except TimeoutError:
@@ -234,12 +233,17 @@ class Endpoint:
         return (prompt_tokens * config.input_price + new_tokens * config.output_price) / 1e6
 
     async def _pace(self) -> None:
-        if not self.config.requests_per_minute:
-            return
-        now = time.monotonic()
-        slot = max(now, self._next)
-        self._next = slot + 60 / self.config.requests_per_minute
-        await asyncio.sleep(slot - now)
+        """Wait for this request's turn. NotSent: the work is ending."""
+        slot = time.monotonic()
+        if self.config.requests_per_minute:
+            slot = max(slot, self.past.free)
+            self.past.free = slot + 60 / self.config.requests_per_minute
+        while not self.ending():
+            left = slot - time.monotonic()
+            if left <= 0:
+                return
+            await asyncio.sleep(min(left, 0.2))
+        raise NotSent
 
     async def _send(self, chat: Sequence[Message], sampling: SamplingParams) -> Any:
         """What the server sends back. TimeoutError; RequestFailed; ValueError: no hope."""

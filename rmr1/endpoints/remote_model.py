@@ -28,10 +28,12 @@ class RemoteModel:
 
     A prompt that the server refuses, as it is too long for one, is skipped. `CutShort` when a
     request fails for any other reason (an endpoint that is down says nothing about a judge), and on
-    Ctrl-C. No request is begun after that; those under way are waited for, as they are paid for.
+    Ctrl-C. Requests under way are waited for, as they are paid for. `cost` is what all answers and
+    failed attempts have cost so far, in dollars.
     """
 
     config: EndpointConfig
+    cost: float = 0.0
     _past: Past = field(default_factory=Past, init=False)
 
     def answer(
@@ -46,57 +48,60 @@ class RemoteModel:
         # Only the main thread may handle signals; on another one somebody else does.
         main = threading.current_thread() is threading.main_thread()
         with stop if main else nullcontext():
-            return asyncio.run(self._answer(chats, sampling, progress, stop))
+            batch = _Batch([None] * (len(chats) * sampling.n))
+            asyncio.run(self._ask_all(chats, sampling, progress, stop, batch))
+        return self._whole(batch, sampling.n, interrupted=stop.requested)
 
-    async def _answer(
+    async def _ask_all(
         self,
         chats: Sequence[list[Message]],
         sampling: SamplingParams,
         progress: Progress | None,
         stop: StopRequest,
-    ) -> list[list[Reply]]:
-        replies: list[Reply | None] = [None] * (len(chats) * sampling.n)
-        done, total, failure = 0, len(replies), ""
+        batch: _Batch,
+    ) -> None:
+        replies, done = batch.replies, 0
 
         async def one(row: int) -> None:
-            nonlocal done, failure
+            nonlocal done
             try:
-                replies[row] = (await endpoint.chat(chats[row // sampling.n], sampling)).reply
+                answer = await endpoint.chat(chats[row // sampling.n], sampling)
+                replies[row] = answer.reply
+                self.cost += answer.cost
             except NotSent:
                 return
             except Refused as error:
                 replies[row] = Reply(skipped=f"refused: {error}")
+                self.cost += error.cost
             except RequestFailed as error:
-                failure = failure or (
-                    f"{self.config.base_url}: {error}; run the same again to go on"
-                )
+                batch.failed += 1
+                batch.last = str(error)
+                self.cost += error.cost
                 return
             except ValueError as error:  # no request can succeed
-                failure = failure or str(error)
+                batch.hopeless = batch.hopeless or str(error)
                 return
             done += 1
             if progress is not None:
-                progress(done, total)
+                progress(done, len(replies))
 
         def ending() -> bool:
-            return bool(failure) or stop.requested
+            return bool(batch.hopeless) or stop.requested
 
         if progress is not None:
-            progress(0, total)
+            progress(0, len(replies))
         async with Endpoint(self.config, ending=ending, past=self._past) as endpoint:
-            await asyncio.gather(*(one(row) for row in range(total)))
-        return self._whole(replies, sampling.n, failure, interrupted=stop.requested)
+            await asyncio.gather(*(one(row) for row in range(len(replies))))
 
-    def _whole(
-        self, replies: list[Reply | None], samples: int, failure: str, *, interrupted: bool
-    ) -> list[list[Reply]]:
+    def _whole(self, batch: _Batch, samples: int, *, interrupted: bool) -> list[list[Reply]]:
         """The replies by chat; CutShort where some are missing, or no more are wanted."""
+        where, replies, why = self.config.base_url, batch.replies, batch.hopeless
         refused = [reply.skipped for reply in replies if reply and reply.skipped]
-        if refused and (failure or not self._past.answered):
+        if refused and (why or not self._past.answered):
             # It may be how all are asked. Kept, these would never be asked again.
             replies = [None if reply and reply.skipped else reply for reply in replies]
-            failure = failure or (
-                f"{self.config.base_url} refused all {len(refused)} prompts, the last with"
+            why = why or (
+                f"{where} refused all {len(refused)} prompts, the last with"
                 f" {refused[-1].removeprefix('refused: ')}; see the endpoint's settings"
             )
         whole = [
@@ -105,5 +110,20 @@ class RemoteModel:
         ]
         if not interrupted and all(len(own) == samples for own in whole):
             return whole
+        passing = not why and not interrupted
+        if passing:
+            why = f"{where}: {batch.failed} requests failed, the last with {batch.last}"
         kept = [own if len(own) == samples else None for own in whole]
-        raise CutShort(failure or "interrupted", kept, interrupted=interrupted and not failure)
+        raise CutShort(
+            why or "interrupted", kept, interrupted=interrupted and not why, passing=passing
+        )
+
+
+@dataclass(slots=True)
+class _Batch:
+    """What came of some requests. `hopeless` says why no other can succeed, else it is empty."""
+
+    replies: list[Reply | None]
+    failed: int = 0
+    last: str = ""
+    hopeless: str = ""

@@ -74,8 +74,9 @@ class JudgmentFiles:
         ValueError when one of `order` is in no file, or when another process writes to one.
         """
         shards = self._beside("jsonl")
+        there = [self.output] if shards and self.output.exists() else []
         with contextlib.ExitStack() as held:
-            for path in shards + [self.output] * self.output.exists() if shards else []:
+            for path in [*shards, *there]:
                 lock(held.enter_context(path.open("a")), path)
             self._merge(shards, key, order)
 

@@ -197,6 +197,7 @@ def _judged(
     """The judgments of `todo`, batch by batch. A vote's parts count when all of them are there."""
     tell: Progress = progress or (lambda _done, _total: None)
     total = resumed + len(todo)
+    lacking, failure = 0, ""
     tell(resumed, total)
     for start in range(0, len(todo), batch_size):
         batch = todo[start : start + batch_size]
@@ -215,8 +216,21 @@ def _judged(
                 yield kept, _voted(kept, made)
             if cut.interrupted:
                 raise KeyboardInterrupt from None
-            raise
+            if not cut.passing:
+                raise
+            lacking, failure = lacking + len(batch) - len(answered), str(cut)
+            continue
         yield batch, _voted(batch, replies)
+    if lacking:
+        raise ValueError(_missing(lacking, failure))
+
+
+def _missing(count: int, failure: str) -> str:
+    """What to say where a judge failed at some prompts and answered the others."""
+    return (
+        f"{count} judgments are missing: {failure}; run the same again to make them, or `rmr1"
+        " score` to score those that are there"
+    )
 
 
 def _voted(batch: Sequence[Showing], replies: Sequence[list[Reply]]) -> list[Judgment]:

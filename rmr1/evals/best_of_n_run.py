@@ -127,8 +127,12 @@ class _Tournaments:
     batch_size: int
 
     def settle(self, lists: Sequence[Contenders], stream: TextIO, progress: Progress) -> None:
-        """Ask until every tournament has ended; each batch is saved as soon as it is there."""
-        going = list(lists)
+        """Ask until every tournament has ended; each batch is saved as soon as it is there.
+
+        A tournament one of whose comparisons fails is left for the next run. ValueError at the end
+        says how many.
+        """
+        going, lacking, left = list(lists), 0, ""
         while True:
             asked: list[tuple[Contenders, Comparison]] = []
             still = []
@@ -141,21 +145,33 @@ class _Tournaments:
                     still.append(one)
                     asked += [(one, comparison) for comparison in wanted]
             going = still
-            progress(len(lists) - len(going), len(lists))
+            progress(len(lists) - len(going) - lacking, len(lists))
             if not asked:
-                return
-            self._ask(asked[: self.batch_size], stream)
+                break
+            failure = self._ask(asked[: self.batch_size], stream)
+            if failure is not None:
+                lost = {one.key for one, comparison in asked[: self.batch_size]
+                        if comparison not in self.known[one.key]}  # fmt: skip
+                going = [one for one in going if one.key not in lost]
+                lacking, left = lacking + len(lost), str(failure)
+        if lacking:
+            raise ValueError(
+                f"{lacking} lists are not judged to their end: {left}; run the same again to go on"
+            )
 
-    def _ask(self, asked: Sequence[tuple[Contenders, Comparison]], stream: TextIO) -> None:
+    def _ask(
+        self, asked: Sequence[tuple[Contenders, Comparison]], stream: TextIO
+    ) -> CutShort | None:
+        """Judge and save; the failure where only some comparisons failed."""
         pairs = [one.pair(comparison) for one, comparison in asked]
         chats = [self.making.prompt.render(pair) for pair in pairs]
         sampling = self.making.sampling(f"{asked[0][0].key}/{asked[0][1]}")
         replies: Sequence[list[Reply] | None]
-        failure: BaseException | None = None
+        failure: CutShort | None = None
         try:
             replies = self.judge.answer(chats, sampling)
         except CutShort as cut:  # what was answered until then is kept
-            replies, failure = cut.replies, KeyboardInterrupt() if cut.interrupted else cut
+            replies, failure = cut.replies, cut
         rows = []
         for (one, comparison), pair, samples in zip(asked, pairs, replies, strict=True):
             if samples is not None:
@@ -164,8 +180,9 @@ class _Tournaments:
                 self.known[one.key][comparison] = row
                 rows.append(row)
         append(stream, rows)
-        if failure is not None:
-            raise failure
+        if failure is None or failure.passing:
+            return failure
+        raise KeyboardInterrupt if failure.interrupted else failure
 
 
 def _lists(dataset: Dataset, making: Making, limit: int | None) -> list[Contenders]:
