@@ -22,8 +22,8 @@ VERBS = {
     ),
     "sft": ("training", "Sft", "stage 1: distil judgments from traces"),
     "rlvr": ("training", "Rlvr", "stage 2: RL with verifiable rewards (GRPO)"),
-    "eval": ("eval", "Eval", "accuracy of a judge on tasks, pairs or RM-Bench"),
-    "score": ("eval", "Score", "aggregate judgments by a benchmark's official rule"),
+    "eval": ("eval", "Eval", "accuracy of a judge on tasks, pairs or a benchmark"),
+    "score": ("score", "Score", "aggregate judgments by a benchmark's official rule"),
     "judge": ("judge", "JudgeOne", "compare two answers"),
     "serve": ("serve", "Serve", "the judge over HTTP, with OpenAI's chat API beside it"),
     "trace": (

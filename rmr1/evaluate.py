@@ -15,7 +15,8 @@ from typing import Any
 from rmr1.answers import Answers, Progress
 from rmr1.data import Pair
 from rmr1.engine.generator import SamplingParams
-from rmr1.judge import BOTH_PLACEMENTS, Judgment, judge_pairs
+from rmr1.judge import Judgment
+from rmr1.pair_judging import PairLog, judge_both_orders
 from rmr1.prompts import Prompt
 from rmr1.statistics import (
     Difference,
@@ -98,12 +99,18 @@ def evaluate_pairs(
     *,
     prompt: Prompt,
     sampling: SamplingParams,
+    log: PairLog | None = None,
+    batch_size: int = 256,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Judge `pairs` in both placements and sum up.
 
-    `sampling` is normally greedy (temperature 0, n=1). ValueError without pairs, when two pairs
-    share an id (they would count as one), or when `sampling.n` is not 1.
+    `sampling` is normally greedy (temperature 0, n=1). `batch_size` judgments are made at a time
+    and written to `log`, from which the same call goes on.
+
+    Raises:
+        ValueError: there are no pairs, two share an id (they would count as one), `sampling.n` is
+            not 1; see also `judge_both_orders`.
     """
     if not pairs:
         raise ValueError("there are no pairs to evaluate; give at least one")
@@ -114,12 +121,13 @@ def evaluate_pairs(
     repeated = [name for name, count in Counter(pair.id for pair in pairs).items() if count > 1]
     if repeated:
         raise ValueError(f"pair ids must be unique, {repeated[0]!r} occurs more than once")
-    judgments = judge_pairs(
+    judgments = judge_both_orders(
         model,
         pairs,
         prompt=prompt,
         sampling=sampling,
-        placements=BOTH_PLACEMENTS,
+        log=log,
+        batch_size=batch_size,
         progress=progress,
     )
     return summarise(judgments, prompt_hash=prompt.hash, seed=sampling.seed)

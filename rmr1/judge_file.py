@@ -20,7 +20,7 @@ from rmr1.judge import Judge, judge_pairs, pair_of, placements_of, vote
 from rmr1.judgment_log import append, appending, content_of
 from rmr1.judgment_view import to_json
 
-BATCH = 64  # comparisons that are judged, and written, at a time
+SAVED = 64  # judgments that are made, and written, at a time
 
 
 def judge_file(
@@ -49,8 +49,9 @@ def judge_file(
         skipped = 0
         if progress is not None:
             progress(count, len(rows))
-        while batch := list(islice(left, BATCH)):
-            told = _judged(judge, batch, votes, swap)
+        each = votes * len(placements_of(swap=swap))
+        while batch := list(islice(left, max(1, SAVED // each))):
+            told = _judged(judge, batch, votes, swap, _within(progress, count, len(rows), each))
             append(
                 stream,
                 [
@@ -65,8 +66,18 @@ def judge_file(
     return len(rows) - done, skipped
 
 
+def _within(progress: Progress | None, before: int, total: int, each: int) -> Progress:
+    """Judgments of a batch, told as comparisons of the file: `each` of them make one."""
+
+    def tell(done: int, _of_batch: int) -> None:
+        if progress is not None:
+            progress(before + done // each, total)
+
+    return tell
+
+
 def _judged(
-    judge: Judge, batch: list[tuple[Any, Pair]], votes: int, swap: bool
+    judge: Judge, batch: list[tuple[Any, Pair]], votes: int, swap: bool, progress: Progress
 ) -> list[dict[str, Any]]:
     """What each comparison of a batch came to."""
     placements, sampling = placements_of(swap=swap), judge.sampling(votes)
@@ -76,6 +87,7 @@ def _judged(
         prompt=judge.prompt,
         sampling=sampling,
         placements=placements,
+        progress=progress,
     )
     each = sampling.n * len(placements)
     told = []
@@ -94,7 +106,8 @@ def _comparisons(source: str | Path) -> Iterator[tuple[Any, Pair]]:
         try:
             if not isinstance(row, dict):
                 raise ValueError("a row must be a JSON object")
-            asked = row.get("prompt", row.get("conversation"))
+            asked = row.get("prompt")
+            asked = row.get("conversation") if asked is None else asked
             missing = [name for name in ("answer_a", "answer_b") if name not in row]
             if asked is None or missing:
                 wanted = "prompt (or conversation), answer_a, answer_b"

@@ -45,7 +45,7 @@ def _rubric(items: list[dict[str, Any]]) -> Table:
 
 
 def print_ranking(told: dict[str, Any]) -> None:
-    """Print what `Judge.rank` found, as `ranking_json` tells it."""
+    """Print what `Ranking.to_json` tells."""
     table = Table(box=None, pad_edge=False)
     for name in ("Place", "Wins", "Answer"):
         table.add_column(name, justify="left" if name == "Answer" else "right")

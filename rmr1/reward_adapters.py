@@ -39,6 +39,8 @@ def trl_reward(*, max_completion_length: int = 0, **weights: float) -> Reward:
         completions: Sequence[Any], label: Sequence[str], **columns: Any
     ) -> list[float]:
         texts = [_text(completion) for completion in completions]
+        if config.length and "completion_ids" not in columns:
+            raise ValueError("the part length needs completion_ids, which TRL gives; drop length")
         lengths = [len(ids) for ids in columns.get("completion_ids", [()] * len(texts))]
         names = ("answer_a", "answer_b", "id")
         rows = [

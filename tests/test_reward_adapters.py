@@ -32,7 +32,9 @@ def test_trl_columns_of_other_parts() -> None:
     both = trl_reward(swap_consistency=1.0)
     assert both([QUOTING, B], label=["A", "B"], id=["p", "p"]) == [2, 2]
     with pytest.raises(ValueError, match="needs answer_a, answer_b with each judgment"):
-        reward([B], label=["B"])
+        reward([B], label=["B"], completion_ids=[[1]])
+    with pytest.raises(ValueError, match="length needs completion_ids"):
+        reward([B], label=["B"], answer_a=["a"], answer_b=["b"])
     with pytest.raises(ValueError, match="needs id with each judgment"):
         both([B], label=["B"])
 

@@ -103,7 +103,7 @@ class JudgmentFiles:
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(partial, self.output)
-        for path in shards + self._beside("alive"):
+        for path in [*shards, *self._beside("alive")]:
             path.unlink(missing_ok=True)
 
     @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,6 +23,15 @@ _NAMES = {
     "swap_consistency": "same answer in both orders",
     "position_bias": "share of A among verdicts",
 }
+
+
+def show_score(figures: dict[str, Any], *, as_json: bool) -> None:
+    """Print a benchmark's score beside the published ones, as JSON on request."""
+    if not as_json:
+        print_score(figures)
+        return
+    beside = {"paper": published(figures["benchmark"]), "differences": differences(figures)}
+    print(json.dumps(figures | beside))
 
 
 def print_score(report: Mapping[str, Any], *, console: Console | None = None) -> None:

@@ -199,15 +199,21 @@ class _Work:
         self.asked = {
             step: Endpoint(one, self.budget, self._ending) for step, one in config.used.items()
         }
+        # An endpoint that is asked no more may have lines in the log.
+        asked: dict[Pass, EndpointConfig] = {
+            "teacher": config.teacher,
+            "corrector": config.corrector,
+        }
         self.settings: dict[Pass, dict[str, Any]] = {
             step: {
                 "prompt_hash": config.prompt.hash,
                 "strict_format": config.strict,
                 "max_new_tokens": config.sampling(step).max_new_tokens,
-                "temperature": config.temperature,
-                "model": {"teacher": config.teacher, "corrector": config.corrector}[step].model,
+                "temperature": config.temperature if one.send_sampling else None,
+                "model": one.model,
+                "base_url": one.base_url,
             }
-            for step in ("teacher", "corrector")
+            for step, one in asked.items()
         }
 
     def begin(self, stop: StopRequest) -> None:

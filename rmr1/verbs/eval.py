@@ -1,4 +1,4 @@
-"""The verbs that measure a judge: eval, score.
+"""The verb that measures a judge: eval.
 
 What needs torch is imported where a verb runs, so that `--help` answers at once.
 """
@@ -21,16 +21,15 @@ from rich.text import Text
 from rmr1.data import Pair, read_pairs, write_whole
 from rmr1.endpoints.endpoint import EndpointConfig
 from rmr1.engine.launch import launched
-from rmr1.evals.benchmark_table import print_best_of_n, print_score
+from rmr1.evals.benchmark_table import print_best_of_n, show_score
 from rmr1.evals.judgment_rows import Benchmark
-from rmr1.evals.paper_results import TITLES, differences, published
+from rmr1.evals.paper_results import TITLES
 from rmr1.evals.rewardbench_items import load_rewardbench
 from rmr1.evals.rm_bench_items import load_rm_bench
 from rmr1.evals.rmb_items import load_rmb
-from rmr1.evals.score import credit_unparsed, score_file
+from rmr1.evals.score import credit_unparsed
 from rmr1.tasks.catalog import draw_pairs
 from rmr1.terminal import interval, percent, phase
-from rmr1.verbs.arguments import Verb
 from rmr1.verbs.model import ModelVerb
 
 if TYPE_CHECKING:
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from rmr1.evals.benchmark_items import Dataset
     from rmr1.evals.benchmark_run import Making
     from rmr1.judge import Judgment
+    from rmr1.pair_judging import PairLog
 
 _WANTED = {
     "rewardbench": "a Parquet, JSON or JSONL file, a folder, or allenai/reward-bench",
@@ -83,7 +83,9 @@ class Eval(ModelVerb):
         None, ge=0, description="of the judgments; unset: greedy, or 1 with several votes"
     )
     output: str = Field(
-        "", description="JSONL of every judgment (of a benchmark: resumed if it exists)"
+        "",
+        description="JSONL of every judgment; the same command goes on from what is there (of pairs"
+        " from FILE.partial)",
     )
     both_orders: bool = Field(False, description="of a benchmark: each pair in both placements")
     best_of_n: Literal["", "round_robin", "knockout"] = Field(
@@ -93,7 +95,9 @@ class Eval(ModelVerb):
         None, description="what no verdict earns; unset: the official rule (RewardBench .5, else 0)"
     )
     batch_size: int | None = Field(
-        None, ge=1, description="judgments saved at a time; unset: 64, endpoints 4 x concurrency"
+        None,
+        ge=1,
+        description="judgments saved at a time; unset: 64 (pairs 256), endpoints 4 x concurrency",
     )
     json_output: bool = Field(False, alias="json", description="print figures as JSON")
 
@@ -104,9 +108,18 @@ class Eval(ModelVerb):
             if Path(self.output).is_dir():
                 raise ValueError(f"{self.output}: a folder; --output names the file to write")
             Path(self.output).parent.mkdir(parents=True, exist_ok=True)
+            there = self.data and Path(self.data).exists() and Path(self.output).exists()
+            if there and Path(self.output).samefile(self.data):
+                raise ValueError(f"{self.output}: --data and --output are one file; name two")
         if self.benchmark in ("tasks", "pairs"):
             return self._pairs()
         return self._benchmark(cast("Benchmark", self.benchmark))
+
+    def _say_what_it_cost(self, judge: Answers) -> None:
+        cost = getattr(judge, "cost", 0.0)  # of an endpoint
+        if cost:
+            words = f"The endpoint's answers cost {cost:.2f} dollars by the prices given"
+            Console(stderr=True).print(words, highlight=False)
 
     def _refuse_what_makes_no_sense(self) -> None:
         name = self.benchmark
@@ -176,24 +189,26 @@ class Eval(ModelVerb):
             )
             shared: Any = {
                 "limit": self.limit,
-                "batch_size": self.batch_size
-                or (4 * self.endpoint.concurrency if self.endpoint.model else 64),
+                "batch_size": self._batch_size(64),
                 "place": place,
                 "progress": bar.count if bar else None,
             }
-            if self.best_of_n:
-                return self._best_of_n(asked.model, dataset, making, shared)
-            done = run_benchmark(
-                asked.model,
-                dataset,
-                making,
-                output=self.output or f"results/{name}.jsonl",
-                both_orders=self.both_orders,
-                unparsed=self.unparsed,
-                **shared,
-            )
+            try:
+                if self.best_of_n:
+                    return self._best_of_n(asked.model, dataset, making, shared)
+                done = run_benchmark(
+                    asked.model,
+                    dataset,
+                    making,
+                    output=self.output or f"results/{name}.jsonl",
+                    both_orders=self.both_orders,
+                    unparsed=self.unparsed,
+                    **shared,
+                )
+            finally:
+                self._say_what_it_cost(asked.model)
         if done is not None:
-            _show(done.to_json(), as_json=self.json_output)
+            show_score(done.to_json(), as_json=self.json_output)
         return 0
 
     def _best_of_n(self, judge: Answers, dataset: Dataset, making: Making, shared: Any) -> int:
@@ -224,14 +239,20 @@ class Eval(ModelVerb):
         sampling = SamplingParams(
             temperature=self.temperature or 0.0, max_new_tokens=asked.longest, seed=self.seed
         )
-        with phase("Evaluate", 2 * len(pairs), "judgments") as bar:
-            found = evaluate_pairs(
-                asked.model,
-                pairs,
-                prompt=self.template,
-                sampling=sampling,
-                progress=bar.count,
-            )
+        log = self._pair_log(asked, sampling.temperature)
+        try:
+            with phase("Evaluate", 2 * len(pairs), "judgments") as bar:
+                found = evaluate_pairs(
+                    asked.model,
+                    pairs,
+                    prompt=self.template,
+                    sampling=sampling,
+                    log=log,
+                    batch_size=self._batch_size(256),
+                    progress=bar.count,
+                )
+        finally:
+            self._say_what_it_cost(asked.model)
         # Both took hours: neither must be lost because the other has nowhere to go.
         try:
             if self.json_output:
@@ -241,31 +262,31 @@ class Eval(ModelVerb):
         finally:
             if self.output:
                 _write_judgments(Path(self.output), found.judgments)
+        if log:
+            log.path.unlink(missing_ok=True)
         return 0
 
+    def _pair_log(self, asked: _Asked, temperature: float) -> PairLog | None:
+        """Where judgments are until the output is written; nowhere beside what is no file."""
+        from rmr1.pair_judging import PairLog
 
-class Score(Verb):
-    """Aggregate judgments by the official rule of a benchmark.
+        output = Path(self.output)
+        if not self.output or (output.exists() and not output.is_file()):
+            return None
+        made_by = {
+            "model": asked.name,
+            "prompt_hash": self.template.hash,
+            "seed": self.seed,
+            "temperature": temperature if self.endpoint.send_sampling else None,
+            "max_new_tokens": asked.longest,
+            "max_prompt_tokens": asked.room,
+            "dtype": asked.dtype,
+        }
+        return PairLog(output.with_name(f"{output.name}.partial"), made_by)
 
-    A row: {"benchmark", "id", "label": "A|B", "verdict": "A|B|tie|null"} and the fields that the
-    benchmark's rule groups by (see docs/recipes.md).
-    """
-
-    benchmark: Literal["rewardbench", "rm-bench", "rmb"] = Field(description="whose rule")
-    judgments: str = Field(description="JSONL file of judgments")
-    best_of_n: Literal["", "round_robin", "knockout"] = Field(
-        "", description="of rmb: how often this tournament of a list's answers finds the best one"
-    )
-    unparsed: float | None = Field(
-        None, description="what no verdict earns; unset: the benchmark's rule (RM-R1: always 0)"
-    )
-    json_output: bool = Field(False, alias="json", description="print figures as JSON")
-
-    def run(self) -> int:
-        """Score the file and print the figures."""
-        figures = score_file(self.judgments, self.benchmark, unparsed=self.unparsed)
-        _show(figures, as_json=self.json_output)
-        return 0
+    def _batch_size(self, of_a_model: int) -> int:
+        of_an_endpoint = 4 * self.endpoint.concurrency
+        return self.batch_size or (of_an_endpoint if self.endpoint.model else of_a_model)
 
 
 def _write_judgments(path: Path, judgments: Sequence[Judgment]) -> None:
@@ -278,15 +299,6 @@ def _write_judgments(path: Path, judgments: Sequence[Judgment]) -> None:
             f"{path}: the judgments could not be written ({error.strerror}); free some space there"
             " or give another --output (the figures are printed and complete)"
         ) from error
-
-
-def _show(figures: dict[str, Any], *, as_json: bool) -> None:
-    """A benchmark's score beside the published ones."""
-    if not as_json:
-        print_score(figures)
-        return
-    beside = {"paper": published(figures["benchmark"]), "differences": differences(figures)}
-    print(json.dumps(figures | beside))
 
 
 def _print_families(figures: dict[str, Any]) -> None:

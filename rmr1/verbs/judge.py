@@ -121,13 +121,16 @@ class JudgeOne(ModelVerb):
 def _texts(path: str) -> list[str]:
     """The list of texts in a JSON file."""
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); give a JSON file") from None
     except (RecursionError, ValueError) as error:
         raise ValueError(f"{path}: no JSON ({error})") from None
     if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
         raise ValueError(f'{path}: wanted a JSON list of texts, as ["4", "5"]')
+    empty = [number for number, one in enumerate(found) if not one.strip()]
+    if empty:
+        raise ValueError(f"{path}: answer {empty[0]} (counted from 0) is empty")
     return found
 
 
