@@ -134,6 +134,52 @@ def test_a_rank_that_fails_says_why(tmp_path: Path, dataset: Dataset) -> None:
     assert str(first) == "rank 1 failed: the GPU fell off the bus; run the same again to go on"
 
 
+def test_a_rank_that_failed_before_anybody_waited_says_why(
+    tmp_path: Path, dataset: Dataset
+) -> None:
+    """The first rank is still judging its own share when the second ends."""
+    gone = threading.Event()
+
+    class WaitsForTheOther(Judge):
+        def answer(self, *args: Any, **options: Any) -> Any:
+            assert gone.wait(10)
+            return super().answer(*args, **options)
+
+    def second() -> None:
+        started.wait(10)
+        with pytest.raises(ValueError, match="out of memory"):
+            run_benchmark(
+                Judge(stop_after=0, stop_with=ValueError("out of memory")),
+                dataset, making(), output=tmp_path / "j.jsonl", place=rank(1, 2),
+            )  # fmt: skip
+        gone.set()
+
+    started = threading.Event()
+
+    class Begins(WaitsForTheOther):
+        def answer(self, *args: Any, **options: Any) -> Any:
+            started.set()
+            return super().answer(*args, **options)
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    with pytest.raises(ValueError, match="rank 1 failed: out of memory; run the same again"):
+        run_benchmark(Begins(), dataset, making(), output=tmp_path / "j.jsonl", place=rank(0, 2))
+    thread.join()
+
+
+def test_nobody_takes_away_the_file_of_a_rank_at_work(tmp_path: Path, dataset: Dataset) -> None:
+    class Starts(Judge):
+        def answer(self, *args: Any, **options: Any) -> Any:
+            with pytest.raises(ValueError, match=r"rank1\.jsonl: another process is writing to it"):
+                run(dataset, tmp_path / "j.jsonl")
+            return super().answer(*args, **options)
+
+    judge = Starts()
+    run_benchmark(judge, dataset, making(), output=tmp_path / "j.jsonl", place=rank(1, 2))
+    assert len(rows_of(tmp_path / "j.rank1.jsonl")) == len(judge.prompts) == 27
+
+
 def test_signs_of_life_of_earlier_runs_do_not_count(tmp_path: Path, dataset: Dataset) -> None:
     output = tmp_path / "j.jsonl"
     (tmp_path / "j.rank1.alive").write_text("failed: long ago")

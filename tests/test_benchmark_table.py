@@ -167,5 +167,8 @@ def test_endpoints_judge_pairs_too(tiny_pairs: Path, capsys: pytest.CaptureFixtu
     with serving(lambda request, number: Reply(verdict("A"))) as server:
         args = ["eval", "pairs", "--data", str(tiny_pairs), "--endpoint.model", "m", "--json"]
         args += ["--endpoint.base_url", server.url, "--endpoint.key_variable", ""]
-        assert main(args) == 0
-    assert json.loads(capsys.readouterr().out)["accuracy"] == 0.5
+        assert main([*args, "--endpoint.input_price", "1000"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["accuracy"] == 0.5
+    # 18 answers to prompts of 100 tokens each, as the server counts them.
+    assert "The endpoint's answers cost 1.80 dollars by the prices given" in err

@@ -144,9 +144,11 @@ def test_pairs_and_conversations_are_comparisons_too(judge: Judge, tmp_path: Pat
         {"role": "user", "content": "2 + 2?"},
     ]  # fmt: skip
     rows = [asdict(pair), {"prompt": turns, "answer_a": "4", "answer_b": "5"}]
+    rows += [{"prompt": None, "conversation": turns, "answer_a": "4", "answer_b": "5"}]
     output = tmp_path / "out.jsonl"
     judge_file(judge, write(tmp_path / "in.jsonl", rows), output, votes=2, swap=True)
-    first, second = read(output)
+    first, second, third = read(output)
+    assert third["verdict"] == second["verdict"] or third["votes"]
     assert (first["id"], second["id"]) == (pair.id, 2)
     assert len(first["judgments"]) == 4
 
@@ -239,6 +241,7 @@ def test_what_a_person_sees(
         (["--input", "x.jsonl", "--output", "y", "--prompt", "p"], "no prompt or answers beside"),
         (["--prompt", "x", "--answers", "none.json"], "none.json: cannot be read"),
         (["--prompt", "x", "--answers", "bad.json"], "bad.json: wanted a JSON list of texts"),
+        (["--prompt", "x", "--answers", "empty.json"], "empty.json: answer 1 (counted from 0) is"),
         (["--input", "none.jsonl", "--output", "y"], "none.jsonl: no such file"),
     ],
 )
@@ -251,6 +254,9 @@ def test_wrong_use(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("bad.json").write_text('{"a": 1}')
+    Path("empty.json").write_text(
+        '\ufeff["a", " "]', encoding="utf-8"
+    )  # with a mark, as of Windows
     assert main(["judge", *MODEL, *args]) == 2
     assert told in capsys.readouterr().err
 

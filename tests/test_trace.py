@@ -121,6 +121,10 @@ def test_what_the_teacher_gets_wrong_a_second_model_writes_anew(run: Traces) -> 
     assert "temperature" not in second
     first = [one for one in server.requests if one["model"] == "teacher"]
     assert all(one["temperature"] == 0.5 and one["max_tokens"] == 4096 for one in first)
+    # Of a temperature that was not sent nothing is claimed.
+    assert {(row["model"], row["temperature"]) for row in run.log()} == {
+        ("teacher", 0.5), ("second", None),
+    }  # fmt: skip
     # The label is in no first request: those that differ in it only are the same.
     assert not any("[[B]] is" in json.dumps(one) for one in first)
 

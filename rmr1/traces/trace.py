@@ -211,7 +211,6 @@ class _Work:
                 "max_new_tokens": config.sampling(step).max_new_tokens,
                 "temperature": config.temperature if one.send_sampling else None,
                 "model": one.model,
-                "base_url": one.base_url,
             }
             for step, one in asked.items()
         }
