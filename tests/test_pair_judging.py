@@ -104,7 +104,7 @@ def test_batches_draw_differently(tmp_path: Path) -> None:
 
 
 def test_the_command_goes_on_and_leaves_one_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, output = tmp_path / "pairs.jsonl", tmp_path / "out.jsonl"
     write_pairs(source, pairs(3))
@@ -119,6 +119,7 @@ def test_the_command_goes_on_and_leaves_one_file(
     args = ["eval", "pairs", "--data", str(source), "--endpoint.model", "m", "--prompt_style"]
     args += ["compact", "--output", str(output)]
     assert main(args) == 130
+    assert "rmr1: stopped; the same command goes on" in capsys.readouterr().err
     assert not output.exists()
     judge.without = ()
     assert main(args) == 0

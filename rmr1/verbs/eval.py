@@ -111,9 +111,14 @@ class Eval(ModelVerb):
             there = self.data and Path(self.data).exists() and Path(self.output).exists()
             if there and Path(self.output).samefile(self.data):
                 raise ValueError(f"{self.output}: --data and --output are one file; name two")
-        if self.benchmark in ("tasks", "pairs"):
-            return self._pairs()
-        return self._benchmark(cast("Benchmark", self.benchmark))
+        try:
+            if self.benchmark in ("tasks", "pairs"):
+                return self._pairs()
+            return self._benchmark(cast("Benchmark", self.benchmark))
+        except KeyboardInterrupt:
+            kept = self.output or self.benchmark not in ("tasks", "pairs")
+            words = "the same command goes on" if kept else "with --output it could go on"
+            raise KeyboardInterrupt(words) from None
 
     def _say_what_it_cost(self, judge: Answers) -> None:
         cost = getattr(judge, "cost", 0.0)  # of an endpoint

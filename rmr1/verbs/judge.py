@@ -108,11 +108,14 @@ class JudgeOne(ModelVerb):
         from rmr1.judge_file import judge_file
 
         judge = self.judge()
-        with phase("Judge", 1, "comparisons") as bar:
-            new, skipped = judge_file(
-                judge, self.input, self.output, votes=self.votes, swap=self.swap,
-                progress=bar.count,
-            )  # fmt: skip
+        try:
+            with phase("Judge", 1, "comparisons") as bar:
+                new, skipped = judge_file(
+                    judge, self.input, self.output, votes=self.votes, swap=self.swap,
+                    progress=bar.count,
+                )  # fmt: skip
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("the same command goes on") from None
         words = f", {skipped} of them too long for the model and skipped" if skipped else ""
         Console(stderr=True).print(f"{new} judged{words}, {self.output}", highlight=False)
         return 0
