@@ -5,7 +5,7 @@ One line of a JSONL file is one pair (a row of a Parquet file has the same field
     {"id": "…", "source": "…", "conversation": [{"role": "user", "content": "…"}],
      "answer_a": "…", "answer_b": "…", "label": "A", "kind": "reasoning", "trace": "…"}
 
-`trace` may be absent: it is a judgment text to distil from, used by `rmr1 sft` only.
+`trace` may be absent or null: it is a judgment text to distil from, used by `rmr1 sft` only.
 """
 
 from __future__ import annotations
@@ -112,7 +112,9 @@ def pair_from_row(row: Any) -> Pair:
         raise ValueError(f'field "label" must be "A" or "B", got {row["label"]!r}')
     if row["kind"] not in get_args(Kind):
         raise ValueError(f'field "kind" must be "chat" or "reasoning", got {row["kind"]!r}')
-    trace = row.get("trace", "")
+    trace = row.get("trace")
+    if trace is None:  # what a column of Parquet holds where there is no value
+        trace = ""
     if not isinstance(trace, str):
         raise ValueError(f'field "trace" must be a text, got {trace!r}')
     refuse_half_characters(trace, 'field "trace"')

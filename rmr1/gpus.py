@@ -7,10 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One GPU in a node of eight. Bytes, FLOP/s of dense bf16, bytes/s."""
+    """One GPU in a node of eight. Bytes, FLOP/s of dense products, bytes/s.
+
+    `flops` are of bf16; `flops32` of plain fp32, as torch leaves TF32 off unless told otherwise.
+    """
 
     memory: float  # what its driver shows
     flops: float
+    flops32: float
     bandwidth: float  # of its memory
     link: float  # to the others of its node, one direction
     network: float = 50e9  # to other nodes, a share of 8 x 400 Gb/s
@@ -18,11 +22,11 @@ class Gpu:
 
 
 GPUS = {
-    "a100": Gpu(85.1e9, 312e12, 2.04e12, 300e9, 25e9, 25e9),
-    "h100": Gpu(85.0e9, 989e12, 3.35e12, 450e9),
-    "h200": Gpu(150.7e9, 989e12, 4.8e12, 450e9),
-    "b200": Gpu(192.0e9, 2250e12, 8.0e12, 900e9, 50e9, 60e9),
-    "mi300x": Gpu(206.1e9, 1307e12, 5.3e12, 448e9),
+    "a100": Gpu(85.1e9, 312e12, 19.5e12, 2.04e12, 300e9, 25e9, 25e9),
+    "h100": Gpu(85.0e9, 989e12, 67e12, 3.35e12, 450e9),
+    "h200": Gpu(150.7e9, 989e12, 67e12, 4.8e12, 450e9),
+    "b200": Gpu(192.0e9, 2250e12, 80e12, 8.0e12, 900e9, 50e9, 60e9),
+    "mi300x": Gpu(206.1e9, 1307e12, 163.4e12, 5.3e12, 448e9),
 }
 NODE = 8  # GPUs
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from rmr1.cli import main
 from rmr1.config import RlvrConfig, load_config
+from rmr1.data import read_pairs
 from rmr1.datasets.build_config import BuildConfig
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -225,3 +227,41 @@ def test_the_counts_of_the_papers_recipe_add_up() -> None:
     reads = load_config(RlvrConfig, RECIPES / "rlvr-qwen2.5-7b.toml").data.path
     assert Path(recipe.output.rl).name == Path(reads).name
     assert Path(recipe.output.distill) == Path(recipe.output.rl).with_name("distill.jsonl")
+
+
+DISTILLED = sorted(RECIPES.glob("rlvr-deepseek-*.toml"))
+
+
+def commands(recipe: Path) -> list[str]:
+    """The builds in the comments of a file."""
+    lines = recipe.read_text().splitlines()
+    return [line.removeprefix("#   ") for line in lines if line.startswith("#   rmr1 data build")]
+
+
+@pytest.mark.parametrize("recipe", DISTILLED, ids=lambda path: path.stem)
+def test_recipes_without_distillation_say_how_their_data_is_built(recipe: Path, told: Told) -> None:
+    """By the very command in their comments, beside the others' data and without touching it."""
+    (command,) = commands(recipe)
+    assert command in commands(RECIPES / "data-rm-r1.toml")
+    write_rows(30)
+    code = [{"input": f"i{n}", "accepted": "a", "rejected": "b"} for n in range(20)]
+    maths = [{"prompt": f"p{n}", "initial_reason_steps": "", "full_chosen": "a",
+              "full_rejected": "b"} for n in range(10)]  # fmt: skip
+    for name, rows in (("code", code), ("math", maths)):
+        Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    here = []
+    for name, file in (("skywork", "rows"), ("code", "code"), ("math", "math")):
+        here += [f"--sources.{name}.hub", "", f"--sources.{name}.path", f"{file}.jsonl"]
+    plain = str(RECIPES / "data-rm-r1.toml")
+    assert told(plain, *here, "--split.distill", "8")[0] == 0
+    others = {path: path.read_bytes() for path in Path("data").rglob("*") if path.is_file()}
+    assert len(others) == 4
+    words = shlex.split(command)
+    assert words[:4] == ["rmr1", "data", "build", "recipes/data-rm-r1.toml"]
+    assert told(plain, *words[4:], *here)[0] == 0
+    config = load_config(RlvrConfig, recipe)
+    assert config.data.path not in map(str, others)
+    assert len(read_pairs(config.data.path)) == 60
+    assert {path: path.read_bytes() for path in others} == others
+    wanted = int(words[words.index("--split.expect_rl") + 1])
+    assert config.steps == wanted // config.rollout.prompts

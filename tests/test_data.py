@@ -140,6 +140,7 @@ def message(path: Path) -> str:
         ({"id": ""}, '"id"', "''"),
         ({"source": None}, '"source"', "None"),
         ({"trace": 3}, '"trace" must be a text', "3"),
+        ({"trace": False}, '"trace" must be a text', "False"),
         ({"conversation": []}, '"conversation" must be a non-empty list', ""),
         ({"conversation": "Why?"}, '"conversation" must be a non-empty list', ""),
         ({"conversation": ["Why?"]}, '"conversation[0]" must be an object', ""),
@@ -231,7 +232,17 @@ def test_a_repeated_id_is_named_with_both_lines(tmp_path: Path) -> None:
 def test_a_row_is_what_asdict_gives() -> None:
     pair = pair_from_row(GOOD)
     assert pair.trace == ""
+    assert pair_from_row({**GOOD, "trace": None}) == pair
     assert pair_from_row(json.loads(json.dumps(asdict(pair)))) == pair
+
+
+def test_a_parquet_column_of_traces_may_have_gaps(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = [{**GOOD, "id": "a", "trace": "because"}, {**GOOD, "id": "b", "trace": None}]
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "pairs.parquet")
+    assert [pair.trace for pair in read_pairs(tmp_path / "pairs.parquet")] == ["because", ""]
 
 
 def test_epochs_hold_every_row_once_and_resume() -> None:

@@ -136,6 +136,16 @@ def test_damaged_lines_stop_the_build_or_are_counted() -> None:
     assert "no JSON" in listed[1]["detail"]
 
 
+def test_half_a_character_in_an_id_is_a_bad_row() -> None:
+    write_jsonl("rows.jsonl", [skywork(1), skywork(2, id="\ud800"), skywork(3, id=7)])
+    with pytest.raises(ValueError, match=r'rows.jsonl, line 2: column "id" holds half a surrogate'):
+        run()
+    report = run(bad_rows="drop", output={"dropped": "no.jsonl"})
+    assert total(report, "bad row") == 1
+    assert "7" in {pair.id for pair in read_pairs("rl.jsonl")}
+    assert "half a surrogate" in Path("no.jsonl").read_text()
+
+
 def test_equal_ids_of_different_pairs_are_made_unique() -> None:
     pairs = [
         Pair("1", "mine", ({"role": "user", "content": f"q{n}"},), "a", "b", "A", "chat")
@@ -192,16 +202,38 @@ def test_expected_counts_warn_or_stop() -> None:
     expect = {"expect": {"source-1": 10, "source-2": 11, "source-9": 1}, "drop": ["source-7"]}
     report = run(source=expect, split={"expect_rl": 51})
     assert report.mismatches == [
-        "source source-2 has 10 rows, expected 11",
-        "source source-9 has 0 rows, expected 1",
+        "source source-2 has 10 rows, expected 11 (sources.sky)",
+        "source source-9 has 0 rows, expected 1 (sources.sky)",
         "sources.sky.drop names 'source-7', which no row has",
         "the RL set has 50 pairs, expected 51",
     ]
     Path("rl.jsonl").write_text("old")
-    with pytest.raises(ValueError, match=r"has 10 rows, expected 11 \(and 3 more\); nothing is wr"):
+    with pytest.raises(
+        ValueError, match=r"expected 11 \(sources.sky\) \(and 3 more\); nothing is wr"
+    ):
         run(source=expect, split={"expect_rl": 51}, strict=True)
     assert Path("rl.jsonl").read_text() == "old"
     assert run(source={"expect": {"source-1": 10}}, strict=True).mismatches == []
+
+
+def test_each_source_is_compared_with_its_own_count() -> None:
+    """Two sources of the config may bring rows of one value, and a third that expects nothing."""
+    form = {"format": "skywork", "kind": "chat"}
+    sources: dict[str, Any] = {}
+    for name, rows in (("one", range(34)), ("two", range(34, 67)), ("rest", range(67, 70))):
+        write_jsonl(f"{name}.jsonl", [skywork(n, "s0") for n in rows])
+        sources[name] = {"path": f"{name}.jsonl", **form}
+    sources["one"]["expect"], sources["two"]["expect"] = {"s0": 34}, {"s0": 33}
+    report = run(sources=sources, strict=True)
+    assert report.mismatches == []
+    assert (report.sources["s0"].expected, report.sources["s0"].as_expected) == (67, True)
+    sources["one"]["expect"], sources["two"]["expect"] = {"s0": 33}, {"s0": 34}
+    report = run(sources=sources)
+    assert report.mismatches == [
+        "source s0 has 34 rows, expected 33 (sources.one)",
+        "source s0 has 33 rows, expected 34 (sources.two)",
+    ]
+    assert not report.sources["s0"].as_expected
 
 
 def traced(n: int) -> Pair:
@@ -239,3 +271,7 @@ def test_nothing_left_is_an_error() -> None:
     told = r"no pair is left after the filters \(most are dropped as: identical answers\)"
     with pytest.raises(ValueError, match=told):
         run()
+    many(10)
+    told = r"no pair is left .*; sources.sky.keep has 'sorce-1', 'x', and no row .*; nothing is wri"
+    with pytest.raises(ValueError, match=told):
+        run(source={"keep": ["sorce-1", "x"]})

@@ -208,7 +208,7 @@ def test_sources_beyond_fifty_are_one_line() -> None:
         write_jsonl("rows.jsonl", order)
         report = run(source=source, split={"distill": 20}, output={"distill": "d.jsonl"})
         shown.append(report)
-        assert report.mismatches == ["source rare-60 has 1 rows, expected 2"]
+        assert report.mismatches == ["source rare-60 has 1 rows, expected 2 (sources.sky)"]
         assert len(report.sources) == 51
         assert {"many-0", "many-1", "many-2", "rare-60", "left"} <= set(report.sources)
         other = report.sources["(others)"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from rmr1.config import RlvrConfig, SftConfig, load_config
 from rmr1.distill import distill
 from rmr1.engine.memory_plan import Device, MemoryPlan, parameters
 from rmr1.engine.model_config import ModelConfig
-from rmr1.memory import memory_advice, plan_run
+from rmr1.memory import check_cache, memory_advice, plan_run
 from rmr1.rlvr import rlvr
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -46,9 +48,12 @@ def plan(stage: str, ranks: int = 8, device: Device = "cuda", **overrides: Any) 
     return plan_run(config, SEVEN_B, ranks=ranks, device=device, device_memory=84 * 10**9)
 
 
-def advice(stage: str, ranks: int = 8, device: Device = "cuda", **overrides: Any) -> str:
+def advice(
+    stage: str, ranks: int = 8, device: Device = "cuda", phase: str = "", **overrides: Any
+) -> str:
     config = recipe(stage, **overrides)
-    return memory_advice(config, SEVEN_B, ranks=ranks, device=device, device_memory=84 * 10**9)
+    here: Any = {"ranks": ranks, "device": device, "device_memory": 84 * 10**9}
+    return memory_advice(config, SEVEN_B, **here, phase=phase)
 
 
 def test_the_published_recipes_fit_eight_gpus_and_not_one() -> None:
@@ -87,7 +92,9 @@ def test_of_settings_in_force_nothing_is_said() -> None:
     assert "recompute" not in said
     assert "offload" not in said
     assert "zero" not in said
-    assert advice("sft", ranks=1, device="cpu") == "lower max_micro_tokens (now 12288)"
+    assert advice("sft", ranks=1, device="cpu", recompute="layer") == (
+        "lower both max_length (now 12288) and max_micro_tokens (now 12288)"
+    )
 
 
 def test_layers_that_keep_all_are_named() -> None:
@@ -113,6 +120,94 @@ def test_what_does_not_apply_is_not_named() -> None:
     assert "offload_optimizer" not in advice("rlvr", ranks=2, device="cpu")
     assert "kv_memory_gb" not in advice("sft")
     assert "lower rollout.kv_memory_gb (now 5)" in advice("rlvr", rollout__kv_memory_gb=5)
+
+
+def applied(option: str) -> dict[str, Any]:
+    """What a piece of advice asks for, as overrides; a value to be lowered becomes 0.7 of it."""
+    found: dict[str, Any] = {}
+    if set_to := re.match(r"set (\S+) to (\S+) \(saves [\d.]+ GB\)$", option):
+        found[set_to[1]] = int(set_to[2]) if set_to[2].isdigit() else set_to[2]
+    elif unset := re.match(r"unset (\S+) \(saves [\d.]+ GB\)$", option):
+        found[unset[1]] = "unset"
+    else:
+        lowered = re.findall(r"(\S+) \(now ([\d.]+)\)", option)
+        assert option.startswith("lower "), option
+        for key, now in lowered:
+            less = 0.7 * float(now)
+            found[key] = less if key.endswith("_gb") else int(less)
+    return found
+
+
+# What runs that are too large say; by phase, as each of them has its own remedies.
+TOO_LARGE = [
+    ("rlvr", "qwen2.5-7b", 2, "update", {}),
+    ("rlvr", "qwen2.5-7b", 2, "update", {"recompute": "none", "grpo.offload_reference": False}),
+    ("rlvr", "qwen2.5-7b", 2, "update", {"max_micro_tokens": 65536}),
+    ("rlvr", "qwen2.5-14b", 4, "update", {}),
+    ("rlvr", "qwen2.5-14b", 8, "reference", {}),
+    ("rlvr", "qwen2.5-32b", 16, "rollout", {}),
+    ("rlvr", "qwen2.5-32b", 32, "rollout", {"rollout.kv_memory_gb": 20.0}),
+    ("sft", "qwen2.5-32b", 16, "update", {"recompute": "none"}),
+    (
+        "sft",
+        "qwen2.5-7b",
+        4,
+        "update",
+        {"recompute": "none", "recompute_layers": 9, "max_micro_tokens": 16384},
+    ),
+]
+
+
+@pytest.mark.parametrize(("stage", "name", "ranks", "phase", "change"), TOO_LARGE)
+def test_every_piece_of_advice_helps_where_it_is_too_much(
+    stage: str, name: str, ranks: int, phase: str, change: dict[str, Any]
+) -> None:
+    kind: Any = SftConfig if stage == "sft" else RlvrConfig
+    path = RECIPES / f"{stage}-{name}.toml"
+    model = ModelConfig.from_dict(json.loads((RECIPES / f"models/{name}.json").read_text()))
+    config = load_config(kind, path, change)
+    here: Any = {"device": "cuda", "device_memory": int(79.9e9)}
+    before = plan_run(config, model, ranks=ranks, **here)
+    assert before.phase == phase
+    assert before.total > 79.9e9
+    said = memory_advice(config, model, ranks=ranks, **here)
+    options = re.split(r", (?=set|unset|lower)| or (?=set|unset|lower|start)", said)
+    assert len(options) > 1
+    for option in options:
+        if option == "start it on more GPUs":
+            after = plan_run(config, model, ranks=2 * ranks, **here)
+        else:
+            other = load_config(kind, path, change | applied(option))
+            after = plan_run(other, model, ranks=ranks, **here)
+        assert sum(after.phases[phase].values()) < 0.995 * before.total, option
+        assert after.total <= before.total, option
+
+
+def test_a_run_is_told_of_micro_batches_even_where_the_plan_is_not() -> None:
+    """Its sequences may be far shorter than the longest one that is planned for."""
+    assert not advice("rlvr", ranks=1).startswith("lower max_micro_tokens")
+    assert "max_micro_tokens" not in advice("rlvr", phase="update")
+    assert "max_micro_tokens (now 65536)" in advice("rlvr", max_micro_tokens=65536)
+
+
+def test_a_cache_that_holds_no_sample_is_refused_as_the_generator_does() -> None:
+    """12,287 tokens of 57,344 bytes take 768 blocks, 0.7046 GB."""
+    for size, fits in ((0.7, False), (0.7047, True)):
+        config = recipe("rlvr", rollout__kv_memory_gb=size)
+        found = plan_run(config, SEVEN_B, ranks=8, device="cuda", device_memory=84 * 10**9)
+        if fits:
+            check_cache(config, SEVEN_B, found)
+        else:
+            told = r"prompt of 4096 tokens and max_new_tokens=8192 need 0.705 GB of KV cache \(768 "
+            with pytest.raises(ValueError, match=told):
+                check_cache(config, SEVEN_B, found)
+    # A model of fewer positions has no longer sample, and a CPU's cache is in fp32.
+    config = recipe("rlvr", rollout__kv_memory_gb=0.7)
+    short = replace(SEVEN_B, max_position_embeddings=12000)
+    check_cache(config, short, plan_run(config, short, ranks=8, device="cuda", device_memory=0))
+    found = plan_run(config, short, ranks=8, device="cpu", device_memory=0)
+    with pytest.raises(ValueError, match=r"need 1.38 GB of KV cache \(750 blocks"):
+        check_cache(config, short, found, "cpu")
 
 
 def test_what_is_saved_is_said_in_figures() -> None:

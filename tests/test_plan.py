@@ -69,10 +69,49 @@ def test_what_does_not_fit_says_what_to_change(capsys: pytest.CaptureFixture[str
     args += ["--model_config", str(RECIPES / "models/qwen2.5-32b.json")]
     assert main(args) == 1
     out = capsys.readouterr().out
-    assert "It does not fit: lower max_micro_tokens" in out
+    assert "It does not fit: the rollout takes 85.9 GB; lower rollout.kv_memory_gb (now 8)" in out
     assert "roofline estimate, no measurement" in out
     assert main([*args[:2], "--gpus", "32", *args[4:]]) == 0
     assert "It does not fit" not in capsys.readouterr().out
+
+
+def edited(path: Path, recipe: str, old: str, new: str) -> str:
+    """A recipe with one line changed, as a file of its own."""
+    text = (RECIPES / f"{recipe}.toml").read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    return str(path)
+
+
+def test_a_cache_for_less_than_one_sample_does_not_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the run would end at the first prompt of full length."""
+    shape = ("--model_config", str(RECIPES / "models/qwen2.5-32b.json"), "--gpus", "32", "--json")
+    for size, code in (("0.05", 1), ("3.2", 1), ("3.3", 0)):
+        recipe = edited(
+            tmp_path / "kv.toml", "rlvr-qwen2.5-32b", "kv_memory_gb = 8.0", f"kv_memory_gb = {size}"
+        )
+        assert main(["plan", recipe, *shape]) == code
+        (one,) = json.loads(capsys.readouterr().out)
+        assert one["fits"] == (not code)
+        assert ("need 3.22 GB of KV cache" in one["change"]) == bool(code)
+
+
+def test_what_the_guide_says_fits_on_fewer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """docs/judging.md: with one more setting each of the larger two needs half as many."""
+    changes = [
+        ("14b", 8, "[zero]", "[zero]\noffload_optimizer = true", 60.3),
+        ("32b", 16, "kv_memory_gb = 8.0", "kv_memory_gb = 6.0", 79.8),
+    ]
+    for size, gpus, old, new, needed in changes:
+        recipe = edited(tmp_path / "x.toml", f"rlvr-qwen2.5-{size}", old, new)
+        shape = str(RECIPES / f"models/qwen2.5-{size}.json")
+        assert main(["plan", recipe, "--model_config", shape, "--gpus", str(gpus), "--json"]) == 0
+        (one,) = json.loads(capsys.readouterr().out)
+        assert one["needed_gb"] == pytest.approx(needed, abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -104,8 +143,67 @@ def test_wrong_use(
 
 
 def test_the_laptops_recipes_can_be_planned(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", str(RECIPES / "sft-laptop.toml"), "--gpus", "1", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)[0]["fits"]
+    """By their own number of tasks, and no longer than their caps."""
+    args = ["plan", str(RECIPES / "sft-laptop.toml"), "--gpus", "1", "--json"]
+    assert main(args) == 0
+    (one,) = json.loads(capsys.readouterr().out)
+    assert one["fits"]
+    assert one["steps"] == 22  # 352 by 16, which rlvr-laptop.toml starts from
+    assert (one["prompt_tokens"], one["judgment_tokens"]) == (768, 256)  # of 1,024 positions
+    assert main([*args, "--traces", "33"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["steps"] == 3
+
+
+@pytest.mark.parametrize(
+    ("recipe", "key", "most"),
+    [
+        ("rlvr-qwen2.5-7b", "--judgment_tokens", 8192),
+        ("rlvr-qwen2.5-7b", "--prompt_tokens", 4096),
+        ("sft-qwen2.5-7b", "--prompt_tokens", 12287),  # one token is left to learn from
+        ("sft-qwen2.5-7b", "--judgment_tokens", 11088),  # after a prompt of 1,200
+    ],
+)
+def test_lengths_above_the_recipes_caps_are_refused(
+    recipe: str, key: str, most: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = str(RECIPES / "models/qwen2.5-7b.json")
+    args = ["plan", str(RECIPES / f"{recipe}.toml"), "--model_config", shape, "--gpus", "8"]
+    assert main([*args, key, str(most)]) == 0
+    capsys.readouterr()
+    assert main([*args, key, str(most + 1)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert f"{key} {most + 1} is more than the {most} that the recipe and the model allow" in err
+
+
+def test_a_recipe_without_room_for_a_prompt_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = json.loads((RECIPES / "models/qwen2.5-7b.json").read_text())
+    (tmp_path / "short.json").write_text(json.dumps(shape | {"max_position_embeddings": 8192}))
+    args = ["--model_config", str(tmp_path / "short.json")]
+    assert main(["plan", str(RECIPES / "rlvr-qwen2.5-7b.toml"), *args]) == 2
+    assert "rollout.max_new_tokens (8192) leaves a prompt none" in capsys.readouterr().err
+
+
+def test_fp32_takes_its_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Numbers of twice the bytes, and products at the rate that the data sheet has for them."""
+    (half,) = planned(capsys, "rlvr-qwen2.5-7b", "--gpus", "8")
+    recipe = edited(tmp_path / "fp32.toml", "rlvr-qwen2.5-7b", '"bfloat16"', '"float32"')
+    shape = ["--model_config", str(RECIPES / "models/qwen2.5-7b.json"), "--gpus", "8"]
+    main(["plan", recipe, *shape, "--json"])
+    (whole,) = json.loads(capsys.readouterr().out)
+    assert whole["host_gb_a_node"] == 2 * half["host_gb_a_node"]
+    name = "forward and backward"
+    slower = H100.flops / H100.flops32
+    assert whole["step_seconds"][name] == pytest.approx(slower * half["step_seconds"][name])
+    for name in ("rollout", "reference"):
+        assert whole["step_seconds"][name] > 2 * half["step_seconds"][name]
+    assert whole["step_seconds"]["exchange"] > half["step_seconds"]["exchange"]
+    main(["plan", recipe, *shape])
+    assert "45% of the data sheet's fp32 FLOP/s, without TF32" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_a_model_has_to_be_loaded_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

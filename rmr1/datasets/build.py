@@ -20,7 +20,7 @@ from typing import Any, TextIO
 
 from rmr1.data import Damaged, instead_of_a_file, provisional, write_whole
 from rmr1.datasets.build_config import BuildConfig, SourceConfig
-from rmr1.datasets.build_report import BuildReport, expectations, report_of
+from rmr1.datasets.build_report import BuildReport, expectations, report_of, unmatched
 from rmr1.datasets.filters import Dropped, Filters
 from rmr1.datasets.row_files import Located, PairWriter, count_rows, hub_rows, rows_of
 from rmr1.datasets.sources import Unfit, candidate_from_row
@@ -201,7 +201,8 @@ def _report(config: BuildConfig, store: PairStore, filters: Filters, tally: Tall
         for counts in report.sources.values():
             reasons.update(counts.dropped)
         most = "".join(f" (most are dropped as: {reason})" for reason, _ in reasons.most_common(1))
-        raise ValueError(f"no pair is left after the filters{most}; nothing is written")
+        why = "".join(f"; {sentence}" for sentence in unmatched(config, tally))
+        raise ValueError(f"no pair is left after the filters{most}{why}; nothing is written")
     wrong = expectations(config, report, tally, store.by_origin())
     if wrong and config.strict:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""

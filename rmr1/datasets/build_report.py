@@ -47,10 +47,10 @@ def report_of(
     ]
     shown = tally.shown(named)
     sources = tally.counts(shown, store.counts("drawn", shown), store.not_drawn(shown))
-    for source in config.sources.values():
-        # A source that is read in part has other counts.
-        for value, count in source.expect.items() if source.limit is None else ():
-            sources.setdefault(value, SourceCounts()).expected = count
+    for name, value, count in _expected(config):
+        counts = sources.setdefault(value, SourceCounts())
+        counts.expected = (counts.expected or 0) + count
+        counts.as_expected &= tally.taken(name, value) == count
     paths: dict[Part, str] = {"distill": config.output.distill, "rl": config.output.rl}
     sets = {part: store.counts(part, shown) for part in paths}
     labels: dict[str, dict[Label, int]] = {
@@ -76,6 +76,29 @@ def report_of(
     )
 
 
+def _expected(config: BuildConfig) -> list[tuple[str, str, int]]:
+    """(Source of the config, value, rows) of each count that can be compared.
+
+    A source that is read in part has other counts.
+    """
+    return [
+        (name, value, count)
+        for name, source in config.sources.items()
+        if source.limit is None
+        for value, count in source.expect.items()
+    ]
+
+
+def unmatched(config: BuildConfig, tally: Tally) -> list[str]:
+    """A sentence for every source of the config with `keep` of which no row is one of these."""
+    return [
+        f"sources.{name}.keep has {', '.join(map(repr, source.keep))}, and no row of that source is"
+        " of any"
+        for name, source in config.sources.items()
+        if source.keep and not any(tally.has(name, value) for value in source.keep)
+    ]
+
+
 def expectations(
     config: BuildConfig, report: BuildReport, tally: Tally, by_origin: Mapping[str, int]
 ) -> list[str]:
@@ -84,9 +107,9 @@ def expectations(
     `by_origin` says how many pairs are left of each source of the config.
     """
     wrong = [
-        f"source {group} has {counts.taken:,} rows, expected {counts.expected:,}"
-        for group, counts in report.sources.items()
-        if counts.expected is not None and counts.taken != counts.expected
+        f"source {value} has {taken:,} rows, expected {count:,} (sources.{name})"
+        for name, value, count in _expected(config)
+        if (taken := tally.taken(name, value)) != count
     ]
     for name, source in config.sources.items():
         for key, values in (("keep", source.keep), ("drop", source.drop)):
@@ -165,8 +188,8 @@ def _cells(counts: SourceCounts) -> dict[str, Text]:
     cells = {name: Text(f"{number:,}") for name, number in numbers.items()}
     cells["A"] = Text(percent(counts.label_a / counts.kept if counts.kept else None))
     if counts.expected is not None:
-        right = counts.expected == counts.taken
-        cells["Expected"] = Text(f"{counts.expected:,}", style="" if right else "bold red")
+        style = "" if counts.as_expected else "bold red"
+        cells["Expected"] = Text(f"{counts.expected:,}", style=style)
     return cells
 
 

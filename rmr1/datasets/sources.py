@@ -120,7 +120,10 @@ def _messages(row: dict[str, Any], column: str) -> tuple[Message, ...]:
 def _name(row: dict[str, Any]) -> str:
     """The row's own id, "" if it has none."""
     value = row.get("id")
-    return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
+    if isinstance(value, str):
+        refuse_half_characters(value, 'column "id"')
+        return value
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else ""
 
 
 def _user(text: str) -> tuple[Message, ...]:

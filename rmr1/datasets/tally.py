@@ -34,11 +34,7 @@ class SourceCounts:
     label_a: int = 0
     renamed: int = 0
     expected: int | None = None
-
-    @property
-    def taken(self) -> int:
-        """Rows that went into the filters: what `expect` is compared with."""
-        return self.read - self.left_out
+    as_expected: bool = True  # each source of the config by itself
 
     @property
     def all_dropped(self) -> int:
@@ -95,6 +91,17 @@ class Tally:
         self._flush()
         query = "SELECT 1 FROM tally WHERE origin = ? AND value = ?"
         return self._database.execute(query, (origin, value)).fetchone() is not None
+
+    def taken(self, origin: str, value: str) -> int:
+        """Rows with this value that a source of the config has brought into the filters: what its
+        `expect` is compared with.
+        """
+        self._flush()
+        query = (
+            "SELECT coalesce(sum(CASE what WHEN 'read' THEN count WHEN 'left out' THEN -count END),"
+            " 0) FROM tally WHERE origin = ? AND value = ?"
+        )
+        return int(self._database.execute(query, (origin, value)).fetchone()[0])
 
     def shown(self, named: Iterable[str]) -> list[str]:
         """The values to show by themselves: those that the config names, and the most frequent."""

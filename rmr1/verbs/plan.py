@@ -17,6 +17,7 @@ from rmr1.gpus import GPUS, MEMORY_SHARE, NODE
 from rmr1.verbs.arguments import Verb
 
 if TYPE_CHECKING:
+    from rmr1.engine.memory_plan import MemoryPlan
     from rmr1.engine.model_config import ModelConfig
 
 
@@ -38,9 +39,15 @@ class Plan(Verb):
     gpu: Literal["a100", "h100", "h200", "b200", "mi300x"] = Field("h100", description="which")
     gpus: int | None = Field(None, ge=1, description="how many")
     host_memory_gb: float = Field(2000.0, gt=0, description="memory of a node beside its GPUs")
-    prompt_tokens: int = Field(1200, ge=1, description="mean length of a prompt")
-    judgment_tokens: int = Field(800, ge=1, description="mean length of a judgment (the paper's)")
-    traces: int = Field(8753, ge=1, description="sft: how many there are (the paper's)")
+    prompt_tokens: int | None = Field(
+        None, ge=1, description="mean length of a prompt; unset: 1200, or the recipe's cap"
+    )
+    judgment_tokens: int | None = Field(
+        None, ge=1, description="mean length of a judgment; unset: the paper's 800, or the cap"
+    )
+    traces: int | None = Field(
+        None, ge=1, description="sft: how many; unset: the recipe's data.tasks, or the paper's 8753"
+    )
     json_output: bool = Field(False, alias="json", description="print as JSON")
 
     def run(self) -> int:
@@ -51,7 +58,7 @@ class Plan(Verb):
         if self.json_output:
             print(json.dumps(found))
         else:
-            _print(found, self.gpu)
+            _print(found, self.gpu, config.dtype)
         return 0 if any(one["fits"] for one in found) else 1
 
     def _model(self) -> ModelConfig:
@@ -79,25 +86,22 @@ class Plan(Verb):
     def _plan(
         self, config: SftConfig | RlvrConfig, model: ModelConfig, gpus: int
     ) -> dict[str, Any]:
-        from rmr1.memory import memory_advice, plan_run
-        from rmr1.step_estimate import Lengths, rlvr_estimate, sft_estimate
+        from rmr1.memory import plan_run
+        from rmr1.step_estimate import TRACES, lengths_of, rlvr_estimate, sft_estimate
 
         gpu = GPUS[self.gpu]
         usable = int(gpu.memory * MEMORY_SHARE)
         here: Any = {"ranks": gpus, "device": "cuda", "device_memory": usable}
         memory = plan_run(config, model, **here)
-        lengths = Lengths(self.prompt_tokens, self.judgment_tokens)
+        lengths = lengths_of(config, model, self.prompt_tokens, self.judgment_tokens)
         if isinstance(config, RlvrConfig):
             cache = memory.phases["rollout"].get("KV cache", 0)
             estimate = rlvr_estimate(config, model, gpu, gpus, lengths, cache)
         else:
-            estimate = sft_estimate(config, model, gpu, gpus, lengths, self.traces)
+            traces = self.traces or config.data.tasks or TRACES
+            estimate = sft_estimate(config, model, gpu, gpus, lengths, traces)
         host = host_bytes(config, model, gpus)
-        changes = []
-        if sum(memory.phases["load"].values()) > usable:
-            changes.append("take a larger GPU, as each loads the whole model before it is shared")
-        elif memory.total > usable or not all(map(cache_fits, memory.phases.values())):
-            changes.append(memory_advice(config, model, **here))
+        changes = _changes(config, model, memory, here)
         if host > self.host_memory_gb * 1e9:
             changes.append("take more GPUs, or unset what is offloaded to the node's own memory")
         return {
@@ -117,24 +121,46 @@ class Plan(Verb):
             "hours": estimate.hours,
             "gpu_hours": estimate.hours * gpus,
             "samples_at_a_time": estimate.rows,
+            "prompt_tokens": lengths.prompt,
+            "judgment_tokens": lengths.judgment,
         }
+
+
+def _changes(
+    config: SftConfig | RlvrConfig, model: ModelConfig, memory: MemoryPlan, here: dict[str, Any]
+) -> list[str]:
+    """What does not fit a GPU, and what would help; `here` are more arguments of `plan_run`."""
+    from rmr1.memory import check_cache, memory_advice
+
+    usable = here["device_memory"]
+    if sum(memory.phases["load"].values()) > usable:
+        return ["take a larger GPU, as each loads the whole model before it is shared"]
+    changes = []
+    if memory.total > usable:
+        advice = memory_advice(config, model, **here)
+        changes.append(f"the {memory.phase} takes {memory.total / 1e9:.1f} GB; {advice}")
+    # A cache that nobody gave a number takes its share of what is left, so first of all make room.
+    given = isinstance(config, RlvrConfig) and config.rollout.kv_memory_gb is not None
+    if given or not changes:
+        try:
+            check_cache(config, model, memory)
+        except ValueError as error:
+            keys = "rollout.kv_memory_gb; max_prompt_tokens, rollout.max_new_tokens"
+            changes.append(f"{error} ({keys})")
+    return changes
 
 
 def host_bytes(config: SftConfig | RlvrConfig, model: ModelConfig, gpus: int) -> int:
     """Of a node's own memory: what its GPUs' ranks keep there, each for itself."""
     from rmr1.engine.memory_plan import parameters
+    from rmr1.step_estimate import number_size
 
     count, each = parameters(model), 0
     if config.zero.offload_optimizer and gpus > 1:  # fp32 weights, two moments, gradients
         each += 16 * count // gpus
     if isinstance(config, RlvrConfig) and config.grpo.beta and config.grpo.offload_reference:
-        each += 2 * count
+        each += number_size(config) * count
     return each * min(gpus, NODE)
-
-
-def cache_fits(parts: dict[str, int]) -> bool:
-    """Whether there is any KV cache where one is needed."""
-    return parts.get("KV cache", 1) > 0
 
 
 def read_toml(path: str) -> dict[str, Any]:
@@ -157,7 +183,7 @@ def _recipe(path: str) -> SftConfig | RlvrConfig:
     return load_config(SftConfig, path)
 
 
-def _print(found: list[dict[str, Any]], gpu: str) -> None:
+def _print(found: list[dict[str, Any]], gpu: str, dtype: str) -> None:
     console = Console()
     table = Table(title=f"{gpu.upper()}, GB on each of them in the phase that takes the most")
     memory = ("GPUs", "needed", "usable", "fits", "host, a node")
@@ -181,9 +207,11 @@ def _print(found: list[dict[str, Any]], gpu: str) -> None:
     console.print(table)
     shown = next((one for one in found if one["fits"]), found[-1])
     _print_parts(console, shown)
+    rate = "fp32 FLOP/s, without TF32" if dtype == "float32" else "bf16 FLOP/s"
     console.print(
-        "Times are a roofline estimate, no measurement: 45% of the data sheet's FLOP/s, 70% of its"
-        " bandwidths, prompts and judgments of the mean length; see rmr1/step_estimate.py.",
+        f"Times are a roofline estimate, no measurement: 45% of the data sheet's {rate}, 70% of its"
+        f" bandwidths, all prompts of {shown['prompt_tokens']:,} tokens and judgments of"
+        f" {shown['judgment_tokens']:,}; see rmr1/step_estimate.py.",
         highlight=False,
     )
 
