@@ -230,7 +230,7 @@ def _streamed(name: str, rows: Iterator[Any]) -> Iterator[Located]:
 def _no_hub(where: str, error: Exception) -> ValueError:
     return ValueError(
         f"{where}: the hub gives no rows ({_first_line(error)}); check the name, the split and the"
-        " network, or download the files and set path instead of hub"
+        " network, or download the files and name their folder instead"
     )
 
 
