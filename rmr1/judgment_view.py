@@ -69,10 +69,12 @@ def to_json(found: Judgment, pair: Pair) -> dict[str, Any]:
     """A verdict (or vote) on a pair with everything that led to it.
 
     `verdict` and `votes` are in the pair's own order; each of `judgments` is in the order in which
-    it was shown (`placement`: "ab" as in the pair, "ba" exchanged).
+    it was shown (`placement`: "ab" as in the pair, "ba" exchanged). `usage` counts the tokens of
+    each prompt once, however many judgments were drawn for it, and those of every judgment.
     """
     single = found.samples or (found,)
     first = view(found.text, pair)
+    prompts = {one.placement: one.prompt_tokens for one in single}
     return {
         "verdict": found.verdict,
         "votes": found.votes,
@@ -95,7 +97,7 @@ def to_json(found: Judgment, pair: Pair) -> dict[str, Any]:
             for one in single
         ],
         "usage": {
-            "prompt_tokens": sum(one.prompt_tokens for one in single),
+            "prompt_tokens": sum(prompts.values()),
             "completion_tokens": sum(one.new_tokens for one in single),
         },
     }

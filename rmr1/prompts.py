@@ -17,9 +17,10 @@ switches.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -194,16 +195,19 @@ def encode(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     """Token ids of a chat, ready for the assistant's turn.
 
     The chat template writes every special token itself, so nothing is added around it (templated
-    text that is tokenised once more with special tokens gets a second BOS). A special token that a
-    message spells out, such as an answer that ends its own turn and goes on as the judge, is
-    tokenised as the plain text it is. ValueError when the template refuses the messages.
+    text that is tokenised once more with special tokens gets a second BOS). A token that steers the
+    model and that a message spells out, such as an answer that ends its own turn and goes on as the
+    judge, is tokenised as the plain text it is. ValueError when the template refuses the messages,
+    or where no character is left to mark such a place with.
     """
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    spelt = [token for token in special if any(token in m["content"] for m in messages)]
+    special, marks = _steering(tokenizer)
+    spelt = _spelt(special, messages)
+    count = len(spelt)
+    spelt += _spelt(marks, [message for message in messages if _guarded(message)])
     mark = ""
     if spelt:
         mark = _unused_character(messages)
-        messages = [_hide(message, spelt, mark) for message in messages]
+        messages = [_hide(m, spelt if _guarded(m) else spelt[:count], mark) for m in messages]
     try:
         text = tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=True
@@ -213,26 +217,104 @@ def encode(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
             f"the model's chat template refuses the prompt ({error}); the styles `reasoning` and"
             " `compact` have one user turn and no system turn"
         ) from error
+    if not mark:
+        whole: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return whole
+    pieces = re.split(f"{mark}([0-9]+){mark}", text)
+    # All at once, and each hidden token once: a text may spell out a hundred thousand.
+    between = iter(tokenizer(pieces[::2], add_special_tokens=False)["input_ids"])
+    steering = {*special.values(), *marks.values()}
+    hidden = [_as_text(tokenizer, token, steering) for token in spelt]
     ids: list[int] = []
-    pieces = re.split(f"{mark}([0-9]+){mark}", text) if mark else [text]
     for at, piece in enumerate(pieces):
-        hidden = at % 2 == 1
-        ids += tokenizer(
-            spelt[int(piece)] if hidden else piece,
-            add_special_tokens=False,
-            split_special_tokens=hidden,
-        )["input_ids"]
+        ids += hidden[int(piece)] if at % 2 else next(between)
     return ids
 
 
+def _steering(tokenizer: Any) -> tuple[dict[str, int], dict[str, int]]:
+    """The tokens that a chat is written with, and their ids: special ones, and the template's.
+
+    The role marks of some models are no special tokens (of DeepSeek-R1's distilled models, for
+    one). What a template writes may also be blanks, a word or a single sign that is a token for
+    another reason: these are text.
+    """
+    special, others = {}, {}
+    for number, token in tokenizer.added_tokens_decoder.items():
+        if token.special:
+            special[token.content] = number
+        elif len(token.content) > 1 and re.search(r"[^\w\s]", token.content):
+            others[token.content] = number
+    written = _written(tokenizer) if others else ""
+    return special, {text: number for text, number in others.items() if text in written}
+
+
+def _written(tokenizer: Any) -> str:
+    """The chat template's source, and what it makes of some turns: it may put marks together."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several, by their names
+        template = "\n".join(template.values())
+    elif not isinstance(template, str):
+        template = "\n".join(one["template"] for one in template or ())
+    source = template.replace("\\n", "\n")  # as a line break is written inside quotes
+    # Not every template takes a system turn, or a reply.
+    for roles in (
+        ("system", "user", "assistant", "user"),
+        ("user", "assistant", "user"),
+        ("user",),
+    ):
+        turns = [{"role": role, "content": "x"} for role in roles]
+        with contextlib.suppress(Exception):  # a template can fail in any way that Python can
+            return f"{source}\n" + str(
+                tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            )
+    return source
+
+
+def _guarded(message: Message) -> bool:
+    """Whether marks that are not special are hidden in it.
+
+    Not in the assistant's own turns: templates look for the end of its thoughts there.
+    """
+    return message["role"] != "assistant"
+
+
+def _as_text(tokenizer: Any, text: str, steering: set[int]) -> list[int]:
+    """The ids of a token's text, none of which is in `steering`."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True)[
+        "input_ids"
+    ]
+    if len(text) == 1 or steering.isdisjoint(ids):
+        return ids
+    # The tokenizer splits special ones only. Two parts of a token are never joined again.
+    return _as_text(tokenizer, text[:1], steering) + _as_text(tokenizer, text[1:], steering)
+
+
+# Unicode's private use areas.
+_PRIVATE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
+
+
 def _unused_character(messages: Sequence[Message]) -> str:
-    """A character of the private use area that no message contains."""
+    """A private character that no message contains; ValueError where they contain all."""
     used = set().union(*(message["content"] for message in messages))
-    return next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used)
+    unused = (chr(code) for area in _PRIVATE for code in area if chr(code) not in used)
+    mark = next(unused, "")
+    if not mark:
+        raise ValueError(
+            "the texts contain every character of Unicode's private use areas, and one is needed to"
+            " mark the special tokens that they spell out; leave one out"
+        )
+    return mark
+
+
+def _spelt(tokens: Iterable[str], messages: Sequence[Message]) -> list[str]:
+    """Those of the tokens that stand in a message."""
+    return [token for token in tokens if any(token in one["content"] for one in messages)]
 
 
 def _hide(message: Message, spelt: Sequence[str], mark: str) -> Message:
-    """The message with each spelt-out special token as its number in `spelt` between two marks."""
+    """The message with each spelt-out token as its number in `spelt` between two marks."""
+    if not spelt:
+        return message
     longest_first = sorted(spelt, key=len, reverse=True)
     content = re.sub(
         "|".join(map(re.escape, longest_first)),

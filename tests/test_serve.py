@@ -127,9 +127,11 @@ def test_metrics(url: str, monkeypatch: pytest.MonkeyPatch, judge: Judge) -> Non
 
     prompt, completion = 'tokens_total{kind="prompt"}', 'tokens_total{kind="completion"}'
     before = [verdicts(), read(prompt), read(completion)]
-    told = ask(f"{url}/v1/judge", {**BODY, "votes": 3})[1]
+    told = ask(f"{url}/v1/judge", {**BODY, "votes": 3, "swap": True})[1]
     assert verdicts() - before[0] == 1
-    assert read(prompt) - before[1] == told["judgments"][0]["prompt_tokens"]
+    # Each order is one prompt, whatever the votes.
+    both = [told["judgments"][at]["prompt_tokens"] for at in (0, 3)]
+    assert read(prompt) - before[1] == told["usage"]["prompt_tokens"] == sum(both)
     assert read(completion) - before[2] == told["usage"]["completion_tokens"]
     before = [verdicts(), read(prompt), read(completion)]
     body = {"prompt": BODY["prompt"], "answers": ["42", "43", "44"], "method": "knockout"}

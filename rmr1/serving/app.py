@@ -25,7 +25,7 @@ from rmr1.serving import chat
 from rmr1.serving.batching import Batching
 from rmr1.serving.errors import NoSuchModel, answer_errors
 from rmr1.serving.event_stream import EventStream
-from rmr1.serving.judging import ServedJudge
+from rmr1.serving.judging import ServedJudge, room_for_prompts
 from rmr1.serving.limits import Limits
 from rmr1.serving.metrics import Counted, Metrics
 from rmr1.serving.patience import OpenRequests
@@ -45,7 +45,10 @@ class ServerLimits:
 
 
 def create_app(judge: Judge, model: str, limits: ServerLimits) -> FastAPI:
-    """The application around a judge, which clients know by the name `model`."""
+    """The application around a judge, which clients know by the name `model`.
+
+    ValueError for a judge that has no room for any comparison.
+    """
 
     @asynccontextmanager
     async def living(app: FastAPI) -> AsyncIterator[None]:
@@ -63,7 +66,9 @@ def create_app(judge: Judge, model: str, limits: ServerLimits) -> FastAPI:
     )
     server = _Server(judge, model, limits)
     app.state.open = server.open
-    app.add_middleware(Limits, token=limits.token, max_body_bytes=limits.max_body_bytes)
+    app.add_middleware(
+        Limits, token=limits.token, max_body_bytes=limits.max_body_bytes, requests=server.open
+    )
     app.add_middleware(Counted, metrics=server.metrics)
     answer_errors(app)
     app.get("/healthz")(server.healthz)
@@ -82,12 +87,13 @@ class _Server:
     def __init__(self, judge: Judge, model: str, limits: ServerLimits) -> None:
         self.judge, self.model = judge, model
         self.positions = judge.generator.model.config.max_position_embeddings
+        room = room_for_prompts(judge)  # first of all: it may be none
         self.open = OpenRequests(limits.timeout)
         self.places = Places(limits.max_open)
         self.metrics = Metrics(lambda: len(self.places.shares), lambda: self.places.taken)
         self.batching = Batching(judge.generator, self.metrics.tokens)
         self.tokenising = Tokenising(judge.tokenizer)
-        self.served = ServedJudge(judge, self.batching, self.tokenising, self.metrics.verdict)
+        self.served = ServedJudge(judge, self.batching, self.tokenising, self.metrics.verdict, room)
         self._numbers = itertools.count(1)
 
     async def healthz(self) -> JSONResponse:
@@ -121,16 +127,19 @@ class _Server:
 
     async def rank_answers(self, body: RankRequest, request: Request) -> dict[str, Any]:
         """Order several answers, the best first."""
-        # Each answer is looked at once, not in each of its pairs.
-        checked = [pair_of(body.conversation(), answer, answer) for answer in body.answers]
+        # The conversation and each answer are looked at once, not in each of the pairs.
+        first, *others = body.answers
+        checked = pair_of(body.conversation(), first, first)
+        for answer in others:
+            pair_of("?", answer, answer)
 
         def shown(i: int, j: int) -> Pair:
-            return replace(checked[i], answer_b=body.answers[j])
+            return replace(checked, answer_a=body.answers[i], answer_b=body.answers[j])
 
         async with self.open.begin(request) as patience:
             with self.places.enter(body.votes) as share:
                 work = self.served.rank(
-                    share, body.method, shown, len(checked), votes=body.votes, swap=body.swap
+                    share, body.method, shown, len(body.answers), votes=body.votes, swap=body.swap
                 )
                 found = await patience.wait_for(work)
         told = found.to_json(body.answers)

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -21,6 +20,7 @@ from pydantic import (
 from rmr1.data import Message, refuse_half_characters
 from rmr1.engine.generator import Rollout, SamplingParams
 from rmr1.engine.rollout_stream import Piece
+from rmr1.serving.bodies import MOST_TURNS, Body, few_fields
 
 
 def _whole(text: str) -> str:
@@ -35,10 +35,10 @@ def _as_list(value: Any) -> Any:
 Text = Annotated[str, AfterValidator(_whole)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 # Each step looks for them in each sample, and everybody waits for the step.
-Stops = Annotated[list[Stop], Field(max_length=16), BeforeValidator(_as_list)]
+Stops = Annotated[list[Stop], Field(max_length=16, fail_fast=True), BeforeValidator(_as_list)]
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(Body):
     """A turn; its content is a text or a list of texts."""
 
     model_config = ConfigDict(extra="ignore")
@@ -50,32 +50,32 @@ class ChatMessage(BaseModel):
     def _texts_only(cls, value: Any) -> Any:
         if not isinstance(value, list):
             return value
+        if len(value) > MOST_TURNS:
+            raise ValueError(f"there may be at most {MOST_TURNS} parts, not {len(value):,}")
         texts = [part.get("text") for part in value if isinstance(part, dict)]
         if len(texts) != len(value) or not all(isinstance(text, str) for text in texts):
             raise ValueError("only parts of type text can be read")
         return "".join(map(str, texts))
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Body):
     """Of which one matters here."""
 
     model_config = ConfigDict(extra="ignore")
     include_usage: bool | None = None
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(Body):
     """Plain text is all there is."""
 
-    model_config = ConfigDict(extra="forbid")
     type: Literal["text"]
 
 
-class ChatRequest(BaseModel):
+class ChatRequest(Body):
     """What a client may ask. What would change the answer and is not known here is refused."""
 
-    model_config = ConfigDict(extra="forbid")
     model: str
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MOST_TURNS, fail_fast=True)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float = Field(1.0, ge=0, le=2)
@@ -83,7 +83,7 @@ class ChatRequest(BaseModel):
     top_k: int = Field(0, ge=0)
     n: int = Field(1, ge=1, le=64)
     seed: int | None = Field(None, ge=0)
-    stop: Stops = []
+    stop: Stops = Field([])
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     response_format: ResponseFormat | None = None
@@ -92,7 +92,7 @@ class ChatRequest(BaseModel):
     logprobs: Literal[False] | None = None
     # Taken note of by nobody, and harmless.
     user: str | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: Annotated[dict[str, Any], BeforeValidator(few_fields)] | None = None
     store: bool | None = None
     service_tier: str | None = None
 

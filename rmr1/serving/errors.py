@@ -67,6 +67,10 @@ class NoSuchModel(ServingError):
     status, kind, code = 404, "invalid_request_error", "model_not_found"
 
 
+# What the kinds of a prompt are called in pydantic's errors; clients know no such fields.
+TEXT, TURNS = "(text)", "(turns)"
+
+
 def error_body(
     message: str, kind: str, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
@@ -92,7 +96,7 @@ def answer_errors(app: FastAPI) -> None:
             told = "the body must come with Content-Type: application/json (curl: --json)"
             return JSONResponse(error_body(told, "invalid_request_error"), 400)
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        where = ".".join(str(part) for part in first["loc"] if part not in ("body", TEXT, TURNS))
         told = f"{where}: {first['msg']}" if where else str(first["msg"])
         return JSONResponse(error_body(told, "invalid_request_error", where or None), 400)
 

@@ -11,14 +11,18 @@ from rmr1.answers import Reply
 from rmr1.best_of_n import Method, Ranking, go_on
 from rmr1.data import Pair
 from rmr1.engine.generator import SamplingParams
-from rmr1.judge import Answer, Judge, Judgment, judgments_of, placed, placements_of, vote
+from rmr1.judge import Answer, Judge, Judgment, judgments_of, pair_of, placed, placements_of, vote
+from rmr1.prompts import encode
 from rmr1.serving.batching import Batching
 from rmr1.serving.places import Share
 from rmr1.serving.tokenising import Tokenising
 
 
 class ServedJudge:
-    """`Judge.compare` and `rank`, for an event loop; `count` is told of each verdict."""
+    """`Judge.compare` and `rank`, for an event loop; `count` is told of each verdict.
+
+    A prompt may have `room` tokens.
+    """
 
     def __init__(
         self,
@@ -26,12 +30,10 @@ class ServedJudge:
         batching: Batching,
         tokenising: Tokenising,
         count: Callable[[Answer | None], None],
+        room: int,
     ) -> None:
         self.judge, self.batching, self.tokenising = judge, batching, tokenising
-        self._count = count
-        positions = judge.generator.model.config.max_position_embeddings
-        left = positions - judge.greedy.max_new_tokens
-        self.room = min(left, judge.model.max_prompt_tokens or left)  # of a prompt, in tokens
+        self.room, self._count = room, count
 
     async def compare(
         self, share: Share, pairs: Sequence[Pair], *, votes: int, swap: bool
@@ -110,6 +112,21 @@ class ServedJudge:
         return [
             Reply(one.text, len(prompt), len(one.token_ids), one.finish_reason) for one in drawn
         ]
+
+
+def room_for_prompts(judge: Judge) -> int:
+    """The tokens that a prompt may have; ValueError where the shortest comparison has more."""
+    left = judge.generator.model.config.max_position_embeddings - judge.greedy.max_new_tokens
+    room = min(left, judge.model.max_prompt_tokens or left)
+    least = len(encode(judge.tokenizer, judge.prompt.render(pair_of("a", "a", "b"))))
+    if least > room:
+        raise ValueError(
+            f"the prompt {judge.prompt.style} has {least} tokens around the shortest texts, and"
+            f" this model's positions have room for {room} beside an answer of"
+            f" {judge.greedy.max_new_tokens}; serve with --prompt_style compact, or a smaller"
+            " --max_new_tokens"
+        )
+    return room
 
 
 def _characters(pair: Pair) -> int:

@@ -44,3 +44,4 @@ class HttpServer(uvicorn.Server):
         if self.force_exit:
             self._open.close()
             await asyncio.sleep(0.5)  # for what they are told to be sent
+            await self.lifespan.shutdown()  # left out by uvicorn; it ends the threads

@@ -1,14 +1,17 @@
-"""What a request must be before it is looked at: allowed, not too large, and sent in time."""
+"""What a request must be before it is looked at: allowed, not too large, and sent in time.
+
+A server that ends does not wait for the rest of a body.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import secrets
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rmr1.serving.errors import error_body
+from rmr1.serving.errors import Late, ShuttingDown, error_body
+from rmr1.serving.patience import OpenRequests
 
 # A load balancer has no token, and neither has a browser that shows the page of the API.
 OPEN_PATHS = ("/healthz", "/docs", "/openapi.json")
@@ -18,8 +21,11 @@ BODY_SECONDS = 30.0  # in which a body must have come
 class Limits:
     """ASGI middleware: bearer token, size of the body, time to send it."""
 
-    def __init__(self, app: ASGIApp, *, token: str, max_body_bytes: int) -> None:
+    def __init__(
+        self, app: ASGIApp, *, token: str, max_body_bytes: int, requests: OpenRequests
+    ) -> None:
         self.app, self._token, self._most = app, token.encode(), max_body_bytes
+        self._requests = requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI's specification."""
@@ -31,10 +37,14 @@ class Limits:
             await _refuse(send, 401, told, "authentication_error", ("www-authenticate", "Bearer"))
             return
         try:
-            body = await asyncio.wait_for(_whole(receive, self._most), BODY_SECONDS)
-        except TimeoutError:
+            async with self._requests.begin_reading(BODY_SECONDS) as patience:
+                body = await patience.wait_for(_whole(receive, self._most))
+        except Late:
             told = f"the body did not come within {BODY_SECONDS:.0f} s"
             await _refuse(send, 408, told, "invalid_request_error")
+            return
+        except ShuttingDown as error:
+            await _refuse(send, error.status, str(error), error.kind, ("retry-after", "1"))
             return
         if body is None:
             told = f"the body is larger than {self._most:,} bytes; send less"

@@ -27,7 +27,13 @@ class OpenRequests:
 
     def begin(self, request: Request) -> Patience:
         """Work on one more; use it as a context."""
-        one = Patience(request, self.seconds, self._open)
+        one = self.begin_reading(self.seconds)
+        one.watch(request)
+        return one
+
+    def begin_reading(self, seconds: float) -> Patience:
+        """Read the body of one more; it is its reader who sees whether the client goes."""
+        one = Patience(seconds, self._open)
         if self._closed:
             one.end(ShuttingDown())
         return one
@@ -42,12 +48,12 @@ class OpenRequests:
 class Patience:
     """That of one request, from now on."""
 
-    def __init__(self, request: Request, seconds: float, among: set[Patience]) -> None:
+    def __init__(self, seconds: float, among: set[Patience]) -> None:
         loop = asyncio.get_running_loop()
         self._among, self._why = among, ServingError()
         self._over: asyncio.Future[None] = loop.create_future()
         self._clock = loop.call_later(seconds, self.end, Late())
-        self._watch = asyncio.ensure_future(self._until_gone(request))
+        self._watching: asyncio.Future[None] | None = None
         among.add(self)
 
     async def __aenter__(self) -> Patience:
@@ -56,7 +62,12 @@ class Patience:
     async def __aexit__(self, *_: object) -> None:
         self._among.discard(self)
         self._clock.cancel()
-        self._watch.cancel()
+        if self._watching is not None:
+            self._watching.cancel()
+
+    def watch(self, request: Request) -> None:
+        """It ends when the client goes, too."""
+        self._watching = asyncio.ensure_future(self._until_gone(request))
 
     def end(self, why: ServingError) -> None:
         """No longer than until now; the first reason counts."""

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Discriminator, Field, Tag
 
 from rmr1.data import Message, Role
+from rmr1.serving.bodies import MOST_TURNS, Body
+from rmr1.serving.errors import TEXT, TURNS
 
 Text = Annotated[str, Field(min_length=1)]
-
-
-class Body(BaseModel):
-    """A body in which an unknown field is an error: a misspelt option would go unnoticed."""
-
-    model_config = ConfigDict(extra="forbid")
 
 
 class Turn(Body):
@@ -24,10 +20,19 @@ class Turn(Body):
     content: str
 
 
+def _kind(prompt: Any) -> str:
+    return TURNS if isinstance(prompt, list) else TEXT
+
+
+Turns = Annotated[list[Turn], Field(min_length=1, max_length=MOST_TURNS, fail_fast=True)]
+# By its kind, so that what is told to be wrong is wrong with that kind.
+Prompt = Annotated[Annotated[Text, Tag(TEXT)] | Annotated[Turns, Tag(TURNS)], Discriminator(_kind)]
+
+
 class Asked(Body):
     """What every judgment needs."""
 
-    prompt: Text | list[Turn] = Field(
+    prompt: Prompt = Field(
         description="what the answers reply to: a text, or messages that end with a user turn"
     )
     votes: int = Field(1, ge=1, le=64, description="judgments whose majority wins")
@@ -50,7 +55,7 @@ class JudgeRequest(Asked):
 class RankRequest(Asked):
     """Answers to order from the best to the worst."""
 
-    answers: list[Text] = Field(min_length=2, max_length=32)
+    answers: list[Text] = Field(min_length=2, max_length=32, fail_fast=True)
     method: Literal["round_robin", "knockout"] = Field(
         "round_robin", description="each against each, or a knockout that finds the best only"
     )

@@ -31,9 +31,17 @@ class Serve(ModelVerb):
     name: str = Field("", description="what clients call the model; empty: its folder's name")
     max_open: int = Field(256, ge=1, description="samples drawn at a time; more get HTTP 503")
     max_body_bytes: int = Field(2_000_000, ge=1, description="of a request; larger gets HTTP 413")
-    timeout: float = Field(300.0, gt=0, description="seconds for a request; longer gets HTTP 504")
+    timeout: float = Field(
+        300.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds for a request; longer gets HTTP 504",
+    )
     shutdown_seconds: float | None = Field(
-        None, ge=0, description="for open requests when told to stop, then HTTP 503; unset: timeout"
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="for open requests when told to stop, then HTTP 503; unset: timeout",
     )
 
     def run(self) -> int:
