@@ -234,7 +234,7 @@ def test_the_hub_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert [row for _, row in found] == ROWS[:300]
     assert found[-1][0] == "owner/name, row 300"
     with pytest.raises(
-        ValueError, match=r"^owner/name: the hub gives no rows \(.*set path instead"
+        ValueError, match=r"^owner/name: the hub gives no rows \(.*name their folder instead"
     ):
         hub_rows("owner/name", split="test")
 

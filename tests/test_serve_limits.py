@@ -229,6 +229,7 @@ def test_a_graceful_end_has_the_time_of_a_request(
     monkeypatch.setattr(lifetime.HttpServer, "run", lambda self: ends.append(self._seconds))
     monkeypatch.setattr(Serve, "judge", lambda self: judge)
     monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr("rmr1.serving.batching.Batching._run", lambda self: None)  # nobody ends it
     Serve(model="pocket", timeout=7, shutdown_seconds=given).run()
     assert ends == [seconds]
 
