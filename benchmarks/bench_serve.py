@@ -6,12 +6,13 @@ Clients send comparisons of the embedded tasks to `rmr1 serve`, each client the 
 it has its judgment; so many clients are so many prompts in the generator's batch at most. One call
 with all comparisons is the yardstick. Calls with as many at a time as there are clients tell what
 of the difference is the smaller batch, and what HTTP and a batch that changes all the time cost.
-Greedy judgments, of which `equal` says how many have the text that the one call gave them.
+Judgments are greedy; `equal` says how many have the text that such a call gave them.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import socket
@@ -95,45 +96,46 @@ def from_clients(
     return whole, [seconds for seconds, _ in answers], [found["text"] for _, found in answers]
 
 
-def in_calls(judge: Judge, pairs: Sequence[Pair], size: int) -> float:
-    """Seconds of `compare_all` on so many at a time, one call after the other."""
+def in_calls(judge: Judge, pairs: Sequence[Pair], size: int) -> tuple[float, list[str]]:
+    """(seconds, texts) of `compare_all` on so many at a time, one call after the other."""
     began = time.perf_counter()
+    texts: list[str] = []
     for start in range(0, len(pairs), size):
-        judge.compare_all(pairs[start : start + size])
-    return time.perf_counter() - began
+        texts += [one.text for one in judge.compare_all(pairs[start : start + size])]
+    return time.perf_counter() - began, texts
 
 
 def measure(options: argparse.Namespace) -> list[harness.Row]:
-    """Every number of clients, and the one call, in turn."""
+    """Every number of clients, and the calls, in turn, each turn with comparisons of its own."""
     torch.set_num_threads(options.threads)
-    pairs = draw_pairs(options.pairs, seed=0, split="heldout")
     judge = Judge(
         resolve_model(options.model),
         style=options.prompt_style,
         max_new_tokens=options.max_new_tokens,
     )
+    sets = (draw_pairs(options.pairs, seed=seed, split="heldout") for seed in itertools.count())
     times: dict[str, list[float]] = {}
     waits: dict[str, list[float]] = {}
-    equal: dict[str, float] = {}
+    equal: dict[str, list[bool]] = {}
     with served(options) as address:
-        from_clients(address, pairs[:2], 2)  # warm
-        judge.compare_all(pairs[:2])
+        warm = next(sets)[:2]
+        from_clients(address, warm, 2)
+        judge.compare_all(warm)
         for _ in range(options.samples):
-            began = time.perf_counter()
-            direct = [one.text for one in judge.compare_all(pairs)]
-            times.setdefault(ONE_CALL, []).append(time.perf_counter() - began)
+            # Prompts are cached: who asks about the same once more is answered sooner.
+            calls = in_calls(judge, next(sets), options.pairs)[0]
+            times.setdefault(ONE_CALL, []).append(calls)
             for clients in options.clients:
                 # One client alone takes a while for each: a part of them shows its rate.
-                some = pairs[: max(2, min(len(pairs), clients * options.rounds))]
-                scale = len(pairs) / len(some)
-                called = in_calls(judge, some, clients)
-                times.setdefault(f"compare_all, {clients} a call", []).append(called * scale)
+                some = next(sets)[: max(2, min(options.pairs, clients * options.rounds))]
+                scale = options.pairs / len(some)
+                calls, said = in_calls(judge, some, clients)
+                times.setdefault(f"compare_all, {clients} a call", []).append(calls * scale)
                 whole, each, texts = from_clients(address, some, clients)
                 name = f"HTTP, {clients} clients"
                 times.setdefault(name, []).append(whole * scale)
                 waits.setdefault(name, []).extend(each)
-                same = sum(a == b for a, b in zip(texts, direct, strict=False))
-                equal[name] = same / len(some)
+                equal.setdefault(name, []).extend(a == b for a, b in zip(texts, said, strict=True))
     return rows_of(options, times, waits, equal)
 
 
@@ -141,7 +143,7 @@ def rows_of(
     options: argparse.Namespace,
     times: dict[str, list[float]],
     waits: dict[str, list[float]],
-    equal: dict[str, float],
+    equal: dict[str, list[bool]],
 ) -> list[harness.Row]:
     """A line for the one call and for each number of clients."""
     work = harness.Work(f"{options.pairs} comparisons, {options.model}", flops=0.0, bytes=0.0)
@@ -157,7 +159,7 @@ def rows_of(
             "judgments_per_second": options.pairs / row["median"],
             "latency_p50": each[len(each) // 2] if each else None,
             "latency_p95": each[int(len(each) * 0.95)] if each else None,
-            "equal": equal.get(name),
+            "equal": statistics.fmean(equal[name]) if name in equal else None,
         }
         rows.append(row | extra)
     return rows
