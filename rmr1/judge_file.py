@@ -10,6 +10,7 @@ with no verdict and the reason in "skipped".
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from rmr1.judge import Judge, judge_pairs, pair_of, placements_of, vote
 from rmr1.judgment_log import append, appending, content_of
 from rmr1.judgment_view import to_json
 
-SAVED = 64  # judgments that are made, and written, at a time
+BATCH = 64  # comparisons that are judged, and written, at a time
+_SAMPLES = 1024  # the most judgments of them
 
 
 def judge_file(
@@ -50,8 +52,9 @@ def judge_file(
         if progress is not None:
             progress(count, len(rows))
         each = votes * len(placements_of(swap=swap))
-        while batch := list(islice(left, max(1, SAVED // each))):
-            told = _judged(judge, batch, votes, swap, _within(progress, count, len(rows), each))
+        while batch := list(islice(left, max(1, min(BATCH, _SAMPLES // each)))):
+            within = _within(progress, count, len(rows), each)
+            told = _judged(judge, batch, count, votes, swap, within)
             append(
                 stream,
                 [
@@ -77,10 +80,17 @@ def _within(progress: Progress | None, before: int, total: int, each: int) -> Pr
 
 
 def _judged(
-    judge: Judge, batch: list[tuple[Any, Pair]], votes: int, swap: bool, progress: Progress
+    judge: Judge,
+    batch: list[tuple[Any, Pair]],
+    before: int,
+    votes: int,
+    swap: bool,
+    progress: Progress,
 ) -> list[dict[str, Any]]:
-    """What each comparison of a batch came to."""
-    placements, sampling = placements_of(swap=swap), judge.sampling(votes)
+    """What each comparison of a batch came to; `before` stand before them in the file."""
+    placements = placements_of(swap=swap)
+    # No two comparisons draw alike, and each draws the same wherever a batch begins.
+    sampling = replace(judge.sampling(votes), first_prompt=before * len(placements))
     found = judge_pairs(
         judge.model,
         [pair for _, pair in batch],

@@ -48,7 +48,8 @@ class PairLog:
             other = f"remove {self.path} to start over, or give another output"
             try:
                 key = row["id"], row["placement"]
-                wanted = {**self.made_by, "content": content_of(pairs[key])}
+                pair = pairs[key]
+                wanted = {**self.made_by, "content": content_of(pair)}
                 for name, value in wanted.items():
                     if row[name] != value:
                         raise ValueError(
@@ -56,7 +57,8 @@ class PairLog:
                             f" {value!r}; {other}"
                         )
                 own = {name: value for name, value in row.items() if name in names}
-                found[key] = Judgment(**own | {"samples": ()})
+                told = {"source": pair.source, "kind": pair.kind, "samples": ()}
+                found[key] = Judgment(**own | told)
             except (KeyError, TypeError) as error:
                 raise ValueError(
                     f"{self.path}, line {number}: no judgment of these pairs ({error}); {other}"
@@ -77,6 +79,7 @@ def judge_both_orders(
     """Judge each pair in both placements, once each: two judgments a pair, in that order.
 
     What `log` holds is not judged again; what is judged is in it as soon as its batch is there.
+    Without a log all are one batch.
     `progress(done, total)` counts judgments, those of the log and of skipped prompts too.
 
     Raises:
@@ -91,8 +94,9 @@ def judge_both_orders(
         todo = [one for one in places if _key(one) not in found]
         if progress is not None and found:
             progress(len(found), len(places))
-        for start in range(0, len(todo), batch_size):
-            batch = todo[start : start + batch_size]
+        size = batch_size if log else max(1, len(todo))
+        for start in range(0, len(todo), size):
+            batch = todo[start : start + size]
             judged, cut = _judged(
                 model, prompt, _draws(sampling, batch[0], places[0]), batch,
                 _shifted(progress, len(places) - len(todo) + start, len(places)),

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from weakref import WeakKeyDictionary
 
 from jinja2 import (
     Environment,
@@ -231,14 +232,29 @@ def encode(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     return ids
 
 
-def _steering(tokenizer: Any) -> tuple[dict[str, int], dict[str, int]]:
+_Steering = tuple[dict[str, int], dict[str, int]]
+_STEERING: WeakKeyDictionary[Any, tuple[str, _Steering]] = WeakKeyDictionary()
+
+
+def _steering(tokenizer: Any) -> _Steering:
     """The tokens that a chat is written with, and their ids: special ones, and the template's.
 
     The role marks of some models are no special tokens (of DeepSeek-R1's distilled models, for
     one). What a template writes may also be blanks, a word or a single sign that is a token for
     another reason: these are text.
     """
-    special, others = {}, {}
+    # Found out once for a tokenizer as it is: a template takes as long as a short prompt.
+    size = len(tokenizer) if hasattr(tokenizer, "__len__") else 0
+    as_it_is = repr((size, getattr(tokenizer, "chat_template", None)))
+    known = _STEERING.get(tokenizer)
+    if known is None or known[0] != as_it_is:
+        known = _STEERING[tokenizer] = as_it_is, _find_steering(tokenizer)
+    return known[1]
+
+
+def _find_steering(tokenizer: Any) -> _Steering:
+    special: dict[str, int] = {}
+    others: dict[str, int] = {}
     for number, token in tokenizer.added_tokens_decoder.items():
         if token.special:
             special[token.content] = number

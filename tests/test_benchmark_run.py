@@ -343,6 +343,25 @@ def test_an_endpoint_that_fails_loses_nothing(tmp_path: Path) -> None:
     assert server.requests[0]["temperature"] == 0.0
 
 
+def test_a_question_that_always_fails_leaves_the_others_their_judgments(tmp_path: Path) -> None:
+    """RM-Bench asks 18 times about it in both orders, in a row."""
+    dataset = load_rm_bench(rm_bench_folder(tmp_path / "data", chat=6))
+
+    def answer(request: dict[str, Any], _: int) -> ServerReply:
+        if "Question 3?" in request["messages"][-1]["content"]:
+            return ServerReply(status=500, body={"error": {"message": "crash"}})
+        return ServerReply(verdict("A"))
+
+    with serving(answer) as server:
+        config = EndpointConfig(
+            model="m", base_url=server.url, key_variable="", retries=0, concurrency=1
+        )
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"18 judgments are missing: .*`rmr1 score`"):
+                run(dataset, tmp_path / "j.jsonl", RemoteModel(config), both_orders=True)
+            assert len(rows_of(tmp_path / "j.jsonl")) == 5 * 18
+
+
 def test_an_endpoint_that_is_down_ends_the_run_early(tmp_path: Path) -> None:
     dataset = rewardbench(tmp_path, 40)
     down = ServerReply(status=500, body={"error": {"message": "down"}})
@@ -350,9 +369,9 @@ def test_an_endpoint_that_is_down_ends_the_run_early(tmp_path: Path) -> None:
         config = EndpointConfig(
             model="m", base_url=server.url, key_variable="", retries=0, concurrency=1
         )
-        with pytest.raises(ValueError, match="10 requests in a row failed, the last with HTTP 500"):
+        with pytest.raises(ValueError, match="30 requests in a row failed, the last with HTTP 500"):
             run(dataset, tmp_path / "j.jsonl", RemoteModel(config), batch_size=4)
-        assert len(server.requests) == 10
+        assert len(server.requests) == 30
     assert rows_of(tmp_path / "j.jsonl") == []
 
 

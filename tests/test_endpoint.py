@@ -139,6 +139,27 @@ def test_an_end_does_not_wait_for_the_pace_of_what_is_not_sent() -> None:
     assert len(server.requests) == 1
 
 
+def test_an_end_does_not_wait_for_the_pauses_that_a_server_asks_for() -> None:
+    limited = Reply(status=429, body={}, headers={"Retry-After": "40"})
+    with serving(lambda *_: limited) as server:
+        endpoint = Endpoint(
+            config(server.url, retries=3, concurrency=40), ending=lambda: len(server.requests) >= 40
+        )
+
+        async def all_of_them() -> list[Any]:
+            async with endpoint:
+                chat: Any = [{"role": "user", "content": "?"}]
+                asked = [endpoint.chat(chat, SamplingParams()) for _ in range(40)]
+                return await asyncio.gather(*asked, return_exceptions=True)
+
+        began = time.monotonic()
+        found = asyncio.run(all_of_them())
+    assert time.monotonic() - began < 20
+    # Given up, each of them, which says nothing about the server.
+    assert all(isinstance(one, RequestFailed) for one in found)
+    assert endpoint.past.failed == 0
+
+
 def test_one_prompt_that_always_fails_holds_up_no_other() -> None:
     def answer(request: Any, _: int) -> Reply:
         if request["messages"][0]["content"] == "poison":
@@ -149,7 +170,7 @@ def test_one_prompt_that_always_fails_holds_up_no_other() -> None:
         judge = RemoteModel(config(server.url, retries=0, concurrency=2, output_price=1.0))
         said = ["a", "poison", *"bcdefghijk"]
         chats: Any = [[{"role": "user", "content": one}] for one in said]
-        with pytest.raises(CutShort, match=r"2 requests failed, the last with HTTP 500") as cut:
+        with pytest.raises(CutShort, match=r": requests failed, the last with HTTP 500") as cut:
             judge.answer(chats, SamplingParams(n=2))
     assert cut.value.passing
     assert [one is None for one in cut.value.replies] == [one == "poison" for one in said]

@@ -65,7 +65,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 def test_a_file_goes_on_where_it_was_cut(
     judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rmr1.judge_file.SAVED", 2)
+    monkeypatch.setattr("rmr1.judge_file.BATCH", 2)
     source = write(tmp_path / "in.jsonl", comparisons(5))
     whole = tmp_path / "whole.jsonl"
     told: list[tuple[int, int]] = []
@@ -83,6 +83,21 @@ def test_a_file_goes_on_where_it_was_cut(
     assert judge_file(judge, source, cut) == (0, 0)
     with pytest.raises(ValueError, match="line 1: no judgment of row 1 of this input"):
         judge_file(judge, write(tmp_path / "other.jsonl", comparisons(7)[3:]), cut)
+
+
+def test_no_two_comparisons_draw_alike_wherever_a_batch_begins(
+    judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "in.jsonl", comparisons(1) * 6)
+    whole = tmp_path / "whole.jsonl"
+    judge_file(judge, source, whole, votes=8, swap=True)
+    texts = [tuple(one["text"] for one in row["judgments"]) for row in read(whole)]
+    assert len(set(texts)) == 6
+    monkeypatch.setattr("rmr1.judge_file.BATCH", 2)
+    parts = tmp_path / "parts.jsonl"
+    parts.write_text("".join(whole.read_text().splitlines(keepends=True)[:3]))
+    assert judge_file(judge, source, parts, votes=8, swap=True) == (3, 0)
+    assert parts.read_bytes() == whole.read_bytes()
 
 
 def test_what_something_else_made_is_not_taken_over(judge: Judge, tmp_path: Path) -> None:
@@ -148,7 +163,7 @@ def test_pairs_and_conversations_are_comparisons_too(judge: Judge, tmp_path: Pat
     output = tmp_path / "out.jsonl"
     judge_file(judge, write(tmp_path / "in.jsonl", rows), output, votes=2, swap=True)
     first, second, third = read(output)
-    assert third["verdict"] == second["verdict"] or third["votes"]
+    assert (third["id"], len(third["judgments"])) == (3, 4)
     assert (first["id"], second["id"]) == (pair.id, 2)
     assert len(first["judgments"]) == 4
 

@@ -98,7 +98,7 @@ def test_a_log_of_something_else_is_refused(tmp_path: Path) -> None:
 
 def test_batches_draw_differently(tmp_path: Path) -> None:
     judge = Judge()
-    judged(judge, pairs(6))
+    judged(judge, pairs(6), PairLog(tmp_path / "j.partial", {}))
     seeds = [one.seed for one in judge.samplings]
     assert (len(set(seeds)), seeds[0]) == (3, 3)
 

@@ -220,7 +220,7 @@ def test_a_request_that_fails_is_left_for_the_next_run(run: Traces, bad: Reply) 
 
 
 def test_what_a_server_refuses_is_not_asked_again_and_blocks_nothing(run: Traces) -> None:
-    """Twelve of sixty: more than the failures in a row that mean a dead endpoint."""
+    """Twelve of sixty, in a row: the prompts before them were answered, and those behind are."""
 
     def answer(request: Request, _: int) -> Reply:
         if 10 <= number_of(request) < 22:
@@ -323,7 +323,7 @@ def test_nobody_there_is_said_soon(run: Traces) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-    with pytest.raises(ValueError, match="10 requests in a row failed, the last with no con"):
+    with pytest.raises(ValueError, match="30 requests in a row failed, the last with no con"):
         run(url, pairs=40)
 
 
@@ -544,8 +544,8 @@ def test_traces_are_not_replaced_by_nothing(run: Traces, monkeypatch: pytest.Mon
     with serving(lambda request, _: right(request)) as server:
         run(server)
     run.output.with_suffix(".log.jsonl").unlink()
-    with pytest.raises(ValueError, match="10 requests in a row failed"):
-        run(server, pairs=20)  # it is gone
+    with pytest.raises(ValueError, match="30 requests in a row failed"):
+        run(server, pairs=40)  # it is gone
     assert len(run.written()) == 4
 
 

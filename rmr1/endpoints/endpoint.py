@@ -30,11 +30,10 @@ from rmr1.section import Section
 if TYPE_CHECKING:
     from openai import APIStatusError, AsyncOpenAI
 
-# So many requests in a row that came to nothing mean that the endpoint is down.
-FAILURES_IN_A_ROW = 10
-# So many prompts in a row, refused though longer ones were answered, or though none was: then it is
-# how they are asked, or who asks. (Benchmarks ask 18 times about one prompt.)
-REFUSALS_IN_A_ROW = 30
+# So many requests in a row that came to nothing mean that the endpoint is down; so many that were
+# refused, though longer ones were answered or though none was, that it is how they are asked, or
+# who asks. (Benchmarks ask 18 times about one prompt.)
+IN_A_ROW = 30
 LONGEST_PAUSE = 60.0  # seconds
 
 
@@ -161,12 +160,12 @@ class Endpoint:
                 answer = await self._insist(chat, sampling)
             except Refused as error:
                 past.refused += size <= past.longest or not past.answered
-                if past.refused >= REFUSALS_IN_A_ROW:
+                if past.refused >= IN_A_ROW:
                     raise self._hopeless(past.refused, error) from None
                 raise
             except RequestFailed as error:
-                past.failed += 1
-                if past.failed >= FAILURES_IN_A_ROW:
+                past.failed += not self.ending()  # what is given up then says nothing
+                if past.failed >= IN_A_ROW:
                     raise self._hopeless(past.failed, error) from None
                 raise
             past.answered += 1
@@ -192,7 +191,8 @@ class Endpoint:
                 paid += error.cost
                 failed: RequestFailed = error
                 if attempt < self.config.retries:
-                    await asyncio.sleep(error.pause or min(0.5 * 2**attempt, 8) * _jitter())
+                    pause = error.pause or min(0.5 * 2**attempt, 8) * _jitter()
+                    await self._wait(time.monotonic() + pause)
                     continue
             except RequestFailed as error:
                 paid += error.cost
@@ -238,12 +238,14 @@ class Endpoint:
         if self.config.requests_per_minute:
             slot = max(slot, self.past.free)
             self.past.free = slot + 60 / self.config.requests_per_minute
-        while not self.ending():
-            left = slot - time.monotonic()
-            if left <= 0:
-                return
+        await self._wait(slot)
+        if self.ending():
+            raise NotSent
+
+    async def _wait(self, until: float) -> None:
+        """Until a moment, or the end of the work."""
+        while not self.ending() and (left := until - time.monotonic()) > 0:
             await asyncio.sleep(min(left, 0.2))
-        raise NotSent
 
     async def _send(self, chat: Sequence[Message], sampling: SamplingParams) -> Any:
         """What the server sends back. TimeoutError; RequestFailed; ValueError: no hope."""

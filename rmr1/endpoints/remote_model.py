@@ -74,7 +74,6 @@ class RemoteModel:
                 replies[row] = Reply(skipped=f"refused: {error}")
                 self.cost += error.cost
             except RequestFailed as error:
-                batch.failed += 1
                 batch.last = str(error)
                 self.cost += error.cost
                 return
@@ -112,7 +111,7 @@ class RemoteModel:
             return whole
         passing = not why and not interrupted
         if passing:
-            why = f"{where}: {batch.failed} requests failed, the last with {batch.last}"
+            why = f"{where}: requests failed, the last with {batch.last}"
         kept = [own if len(own) == samples else None for own in whole]
         raise CutShort(
             why or "interrupted", kept, interrupted=interrupted and not why, passing=passing
@@ -121,9 +120,11 @@ class RemoteModel:
 
 @dataclass(slots=True)
 class _Batch:
-    """What came of some requests. `hopeless` says why no other can succeed, else it is empty."""
+    """What came of some requests.
+
+    `last` says why the last one failed; `hopeless` why no other can succeed, else it is empty.
+    """
 
     replies: list[Reply | None]
-    failed: int = 0
     last: str = ""
     hopeless: str = ""

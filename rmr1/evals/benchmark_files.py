@@ -132,7 +132,9 @@ class JudgmentFiles:
         try:
             yield
         except BaseException as error:
-            words = f"failed: {' '.join(str(error).split()) or type(error).__name__}"
+            # A job that fails anew may say the same: the moment tells it from the one before.
+            told = " ".join(str(error).split()) or type(error).__name__
+            words = f"failed {time.time_ns()}: {told}"
             raise
         finally:
             stopped.set()
@@ -163,11 +165,11 @@ class JudgmentFiles:
                 if now == f"finished {plan}":
                     del waiting[rank]
                 elif now.startswith("failed") and now != before.get(rank):
-                    raise ValueError(f"rank {rank} {now}; run the same again to go on")
+                    raise ValueError(f"rank {rank} {_shown(now)}; run the same again to go on")
                 elif now != said:
                     waiting[rank] = now, time.monotonic()
                 elif time.monotonic() - since > SILENCE:
-                    last = f"; the last it said there is: {now}" if now else ""
+                    last = f"; the last it said there is: {_shown(now)}" if now else ""
                     raise ValueError(
                         f"rank {rank} of {self.place.size} has shown no sign of life in"
                         f" {self.output.parent} for {SILENCE:.0f} s (all ranks must see that"
@@ -187,6 +189,11 @@ class JudgmentFiles:
             return self._of(rank, "alive").read_text(encoding="utf-8")
         except OSError:
             return ""
+
+
+def _shown(sign: str) -> str:
+    """A sign of life without the moment in it."""
+    return re.sub(r"^failed \d+: ", "failed: ", sign)
 
 
 def _rows_so_far(path: Path) -> Iterator[tuple[int, Any]]:

@@ -216,6 +216,8 @@ def _judged(
                 yield kept, _voted(kept, made)
             if cut.interrupted:
                 raise KeyboardInterrupt from None
+            if not cut.passing and (answered or start or resumed):
+                raise ValueError(f"{cut}; `rmr1 score` scores what is there") from None
             if not cut.passing:
                 raise
             lacking, failure = lacking + len(batch) - len(answered), str(cut)

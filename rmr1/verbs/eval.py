@@ -258,6 +258,8 @@ class Eval(ModelVerb):
                 )
         finally:
             self._say_what_it_cost(asked.model)
+            if log and log.path.exists() and not log.path.stat().st_size:
+                log.path.unlink()  # nothing came
         # Both took hours: neither must be lost because the other has nowhere to go.
         try:
             if self.json_output:
