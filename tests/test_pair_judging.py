@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,16 @@ def test_a_log_of_something_else_is_refused(tmp_path: Path) -> None:
         judged(Judge(), pairs(2, good="fine"), PairLog(path, {"model": "m"}))
     with pytest.raises(ValueError, match="line 3: no judgment of these pairs"):
         judged(Judge(), pairs(1), PairLog(path, {"model": "m"}))
+
+
+def test_a_kept_judgment_counts_where_its_pair_stands_now(tmp_path: Path) -> None:
+    """Families can be named anew without judging again."""
+    log = PairLog(tmp_path / "j.partial", {})
+    judged(Judge(), pairs(2), log)
+    idle = Judge()
+    found = judged(idle, [replace(pair, source="y", kind="reasoning") for pair in pairs(2)], log)
+    assert idle.prompts == []
+    assert {(one.source, one.kind) for one in found} == {("y", "reasoning")}
 
 
 def test_batches_draw_differently(tmp_path: Path) -> None:
